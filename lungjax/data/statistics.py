@@ -1,6 +1,7 @@
 """Statistics of a prepared data set: counts per value, shortcut baselines, duplicates, samples."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -66,7 +67,12 @@ def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generato
     repeated[np.unique(groups, return_index=True)[1]] = False
     order = np.argsort(repeated, kind="stable")
     lines = [rows[order][sources[order] == s][:count].tolist() for s in rng.permutation(np.unique(sources))]
-    return [row for turn in itertools.zip_longest(*lines) for row in turn if row is not None][:count]
+    return take_turns(lines, count)
+
+
+def take_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
+    """Returns the first element of each list, then the second ones, and so on; at most `count`."""
+    return [item for turn in itertools.zip_longest(*lists) for item in turn if item is not None][:count]
 
 
 def copies(data: Prepared) -> np.ndarray:

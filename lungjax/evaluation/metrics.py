@@ -34,6 +34,7 @@ import numpy as np
 
 from lungjax.evaluation import study_metrics
 from lungjax.evaluation.predictions import Predictions, take
+from lungjax.evaluation.study_metrics import ratio
 
 Level = dict[str, Any]
 
@@ -125,10 +126,10 @@ def metrics_from_sums(sums: Mapping[str, Any], areas: Mapping[str, Any], classes
     n = counts.sum(axis=-1)
     rates = {**confusion_rates(confusion), "auc": areas["auc"], "average_precision": areas["average_precision"]}
     level: Level = {
-        "loss": _ratio(sums["loss"], n),
-        "ece": _ratio(np.abs(sums["gaps"]).sum(axis=-1), n),
-        "brier": _ratio(sums["brier"], n),
-        "accuracy": _ratio(np.trace(confusion, axis1=-2, axis2=-1), n),
+        "loss": ratio(sums["loss"], n),
+        "ece": ratio(np.abs(sums["gaps"]).sum(axis=-1), n),
+        "brier": ratio(sums["brier"], n),
+        "accuracy": ratio(np.trace(confusion, axis1=-2, axis2=-1), n),
         "balanced_accuracy": _mean(rates["recall"]),
     }
     for name in PER_CLASS:
@@ -237,11 +238,11 @@ def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
     true, predicted, n = confusion.sum(axis=-1), confusion.sum(axis=-2), confusion.sum(axis=(-2, -1))[..., None]
     true_negative = n - true - predicted + hits
     return {
-        "precision": _ratio(hits, predicted),
-        "recall": _ratio(hits, true),
-        "specificity": _ratio(true_negative, n - true),
-        "npv": _ratio(true_negative, n - predicted),
-        "f1": _ratio(2 * hits, true + predicted),
+        "precision": ratio(hits, predicted),
+        "recall": ratio(hits, true),
+        "specificity": ratio(true_negative, n - true),
+        "npv": ratio(true_negative, n - predicted),
+        "f1": ratio(2 * hits, true + predicted),
     }
 
 
@@ -250,7 +251,7 @@ def auc(positive: np.ndarray, scores: np.ndarray) -> float:
     from scipy import stats  # here: it takes a second to import
 
     p, n = positive.sum(), (~positive).sum()
-    return float(_ratio(stats.rankdata(scores)[positive].sum() - p * (p + 1) / 2, p * n))
+    return float(ratio(stats.rankdata(scores)[positive].sum() - p * (p + 1) / 2, p * n))
 
 
 def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
@@ -261,17 +262,11 @@ def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
     return float(average_precision_score(positive, scores)) if defined else float("nan")
 
 
-def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Returns part / total, NaN where the total is zero."""
-    part = np.asarray(part, dtype=np.float64)
-    return np.divide(part, total, out=np.full(part.shape, np.nan), where=np.asarray(total) != 0)
-
-
 def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Returns the (weighted) mean of the defined values along the last axis; NaN if the weights sum to zero."""
     defined = ~np.isnan(values)
     weights = np.where(defined, 1.0 if weights is None else weights, 0.0)
-    return _ratio((np.where(defined, values, 0.0) * weights).sum(axis=-1), weights.sum(axis=-1))
+    return ratio((np.where(defined, values, 0.0) * weights).sum(axis=-1), weights.sum(axis=-1))
 
 
 def _to_python(value: Any) -> Any:

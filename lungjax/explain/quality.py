@@ -60,16 +60,14 @@ def draw_slices(classes: Sequence[str], spec: InputSpec, name: DatasetName, coun
     """
     findings = [finding for finding in phantom.CLASSES if finding != "Normal"]
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
-    for seed in itertools.count(FIRST_SEED):
-        if len(rows) == count:
-            break
-        finding = findings[len(rows) % len(findings)]
-        patient = phantom.new_patient(seed, finding)
+    seeds = itertools.count(FIRST_SEED)
+    while len(rows) < count:
+        patient = phantom.new_patient(next(seeds), findings[len(rows) % len(findings)])
         levels = phantom.levels(patient, LEVELS)
-        for i in np.random.default_rng([seed, 30]).permutation(LEVELS):
+        for i in np.random.default_rng([patient.seed, 30]).permutation(LEVELS):
             image, lesion, lung = _as_input(phantom.draw_slice(patient, levels[i]), patient.window, spec, name)
             if lesion.any():
-                rows.append((image, lesion, lung, list(classes).index(finding)))
+                rows.append((image, lesion, lung, list(classes).index(patient.finding)))
                 break
     images, lesions, lungs, labels = zip(*rows, strict=True)
     return Slices(np.stack(images), np.stack(lesions), np.stack(lungs), np.asarray(labels))

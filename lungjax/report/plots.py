@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lungjax.data.statistics import take_turns
 from lungjax.evaluation import metrics, operating_points
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import contact_sheet, style
@@ -212,12 +213,7 @@ def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], li
         again[np.unique(p.groups[rows], return_index=True)[1]] = False
         again[p.groups[rows] == ""] = False
         wrong.append([*rows[~again].tolist(), *rows[again].tolist()])
-    return _take_turns(right, count), _take_turns(wrong, count)
-
-
-def _take_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
-    turns = [items[i] for i in range(count) for items in lists if i < len(items)]
-    return turns[:count]
+    return take_turns(right, count), take_turns(wrong, count)
 
 
 def reliability(kinds: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
