@@ -77,10 +77,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of training images on the device, in the order of the fields; the defaults do nothing.
-
-    `lungjax.config.presets` has the studies' values; overrides of single fields may follow `--set=augment=covidnet_ct`.
-    """
+    """Augmentation of training images on the device, in the order of the fields; off by default; see `presets`."""
 
     exterior: float = 0.0  # probability: pixels outside the body become the mean of the dark ones among them
     # The geometric transforms are one warp to `size`.

@@ -22,7 +22,6 @@ def apply(data: Prepared, config: Config) -> Prepared:
     Folds divide the images of the clean protocol by patient; patients linked by near duplicates count as one. Fold
     `data.fold` is test, the next one val, the rest train. With `train.fraction`, only that fraction of the train
     patients of each class remains; smaller fractions are subsets of larger ones. Name and fingerprint are unchanged.
-
     Raises ValueError for folds with the study protocol, and if a fold would lack a class.
     """
     if config.data.folds:

@@ -32,10 +32,9 @@ def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: n
 
 
 def guess(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> float | None:
-    """Returns the mean recall on `test` of a guess from `keys` alone; None if train or test lacks a class.
+    """Returns the mean recall on `test` of a guess from `keys` alone (see `frequencies`); None if a class is missing.
 
-    The guess is the class with the largest share of its train images under this key, or random for ties and for keys
-    that train lacks. The arguments are those of `frequencies`.
+    The guess is the class with the largest share of its train images under this key, or random if tied or unknown.
     """
     if min(len(np.unique(labels[train])), len(np.unique(labels[test]))) < classes:
         return None
@@ -76,10 +75,7 @@ def take_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
 
 
 def copies(data: Prepared) -> np.ndarray:
-    """Returns pairs of exact copies as rows, int64 [P, 2], each the first of a set of copies and another image of it.
-
-    The first image of a set is in a split of the protocol if any image of the set is.
-    """
+    """Returns pairs of exact copies, int64 [P, 2]: the first of a set (in a split, if any is) and another image."""
     _, member, count = np.unique(data.columns["pixels"], return_inverse=True, return_counts=True)
     rows = np.flatnonzero(count[member] > 1)
     rows = rows[np.lexsort((rows, cells(data)[rows] == "", member[rows]))]

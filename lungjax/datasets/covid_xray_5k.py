@@ -77,10 +77,9 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 def generate(
     array: np.ndarray, angle: float, shear: float, zoom: tuple[float, float], flip: bool, brightness: float
 ) -> np.ndarray:
-    """Returns a copy of an X-ray as the study generated it, uint8; angles are in degrees.
+    """Returns a copy of an X-ray as the study generated it, uint8, without JPEG compression; angles are in degrees.
 
-    Keras stretches the gray levels of a copy to 0..255 before and after changing the brightness, so the change only
-    makes the levels coarser. The study's JPEG compression of the copies is omitted.
+    Keras stretches the gray levels to 0..255 before and after the change of brightness, which only makes them coarser.
     """
     moved = keras_generator.transform(array, angle, shear=shear, zoom=zoom)
     return _stretch(np.floor(_stretch(moved[:, ::-1] if flip else moved) * brightness)).astype(np.uint8)

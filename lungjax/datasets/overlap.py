@@ -28,10 +28,10 @@ def report(one: Prepared, other: Prepared) -> str:
 def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool = False) -> tuple[Prepared, list[str]]:
     """Checks whether test images of `other` show patients in train or val of `own`; returns `other` and notes.
 
-    The checks are, in this order: patient names, sources, equal pixels, and near duplicates. For stages, the last two
-    compare the complete images if these are prepared in `data_dir`. `what` names the test images, such as "the test
-    split of folder/b". Raises ValueError for shared patients; with `drop`, their images are removed from the test split
-    instead; a shared source, whose patients are unknown, and a test split without other patients remain errors.
+    The checks are patient names, sources, equal pixels, and near duplicates. For stages, the last two compare the
+    complete images if these are prepared in `data_dir`. `what` names the test images. Raises ValueError for shared
+    patients; with `drop`, their images leave the test split instead, but a shared source, whose patients are unknown,
+    and a test split without other patients remain errors.
     """
     seen, rows = np.union1d(own.rows("train"), own.rows("val")), np.unique(other.rows("test"))
     view, groups = other, other.columns["group"][rows]

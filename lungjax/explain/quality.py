@@ -53,10 +53,9 @@ class Slices:
 
 
 def draw_slices(classes: Sequence[str], spec: InputSpec, name: DatasetName, count: int) -> Slices:
-    """Returns `count` slices from new patients with alternating findings, and their masks with the same preprocessing.
+    """Returns `count` slices from new patients with visible lesions of alternating findings, preprocessed, with masks.
 
     `classes` are those of phantom_ct in any order; `name` is the training data set, whose stage and size apply.
-    Patients without a visible lesion in LEVELS slices are skipped.
     """
     findings = [finding for finding in phantom.CLASSES if finding != "Normal"]
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
@@ -216,9 +215,8 @@ def write(
 ) -> list[str]:
     """Writes quality.json and quality.md into `out`; returns the errors of unreadable images.
 
-    Uses `count` evenly spaced images of the reader's test split and explains the class `target` or the predicted ones,
-    without the pointing game. If `reader` is None (phantom_ct networks), it uses synthetic slices of `count` new
-    patients and explains the true finding. `run` is the `inference.model.Network` of `explainer`.
+    Uses `count` evenly spaced test images of the reader and explains the class `target` or the predicted ones. Without
+    a reader (phantom_ct networks), it uses synthetic slices of `count` new patients and explains the true finding.
     """
     bad: list[str] = []
     slices = None

@@ -45,6 +45,7 @@ class MobileNet(Network):
     """MobileNet V1: a stem and five stages of blocks."""
 
     paddings: ClassVar[tuple[str, ...]] = ("same", "symmetric")
+    stem_stride: ClassVar[int] = 1  # times that of the first stage, which has no stride
 
     stages: tuple[tuple[int, int], ...] = ((1, 64), (2, 128), (2, 256), (6, 512), (2, 1024))  # blocks, channels
     stem: int = 32  # channels
@@ -65,9 +66,6 @@ class MobileNet(Network):
                 name = f"stage{number}_block{i}"
                 x = self.run(Block(channels, stride, self.padding, conv, norm, name=name), x, train=train)
         return x
-
-    def _stride(self) -> int:
-        return 2 ** len(self.stages)
 
 
 #        fused, repeats, width, expand, stride

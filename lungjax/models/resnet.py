@@ -84,7 +84,7 @@ class PreactBlock(nn.Module):
 class ResNet(Network):
     """Stem, pool and stages of blocks, where each stage is twice as wide as the one before; also used for BiT."""
 
-    repeats: tuple[int, ...]  # blocks per stage
+    stages: tuple[int, ...]  # blocks
     bottleneck: bool = True  # False: two 3x3 convolutions per block
     preact: bool = False  # norm and ReLU before the convolutions: V2, bottlenecks only
     stride_conv: int = 2  # number of the convolution that has the stride of a block
@@ -118,17 +118,14 @@ class ResNet(Network):
             x = max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
         else:
             x = max_pool(norm_relu(x, "stem_bn", train), 3, 2, "SYMMETRIC")
-        for number, repeats in enumerate(self.repeats, 1):
+        for number, repeats in enumerate(self.stages, 1):
             strided_block = repeats if self.stride_last else 1
-            strided_stage = number < len(self.repeats) if self.stride_last else number > 1
+            strided_stage = number < len(self.stages) if self.stride_last else number > 1
             for i in range(1, repeats + 1):
                 stride = 2 if strided_stage and i == strided_block else 1
                 width, name = self.width * 2 ** (number - 1), f"stage{number}_block{i}"
                 x = self.run(block(width, stride, self.stride_conv, conv=conv, name=name), x, train=train)
         return norm_relu(x, f"top_{norm_name}", train) if self.preact else x
-
-    def _stride(self) -> int:
-        return 2 ** (len(self.repeats) + 1)
 
 
 R50, R101, R152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)

@@ -38,9 +38,8 @@ def write(
     """Writes figures and index.html into `out`, a new or empty folder that appears when complete; returns the page.
 
     `data` is prepared in `data_dir`. `augmentations` are configurations by name; {} selects the default. `stages` says
-    whether to segment bodies and lungs; None does so if the data set was prepared with masks. `seed` selects the sample
-    of `samples` images per class. Raises ValueError if `out` is not empty, an augmentation needs body masks that the
-    data set lacks, or an image can't be read.
+    whether to segment bodies and lungs; None: if masks were prepared. `seed` selects `samples` images per class. Raises
+    ValueError if `out` is not empty, an augmentation needs missing body masks, or an image can't be read.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out} is not empty: choose a new folder, or delete this one")

@@ -24,10 +24,7 @@ MAX_PANELS = 12  # classes with a decision curve
 def training_curves(
     history: Sequence[Mapping[str, Any]], path: Path, monitor: str, best_step: int | None = None
 ) -> None:
-    """Draws the loss, the validation metric `monitor` and the learning rate by step; marks `best_step`.
-
-    `history` has the rows of metrics.jsonl, with `step` and any of `train.loss`, `lr`, `val.slice.loss`, `val.MONITOR`.
-    """
+    """Draws loss, `val.MONITOR` and learning rate of the rows of metrics.jsonl by step; marks `best_step`."""
     panels: list[tuple[str, list[str]]] = [("Loss", ["train.loss", "val.slice.loss"])]
     if monitor != "slice.loss":
         panels.append((f"Validation {monitor}", [f"val.{monitor}"]))
@@ -195,10 +192,9 @@ def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, 
 
 
 def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], list[int]]:
-    """Returns up to `count` rows of correct and up to `count` of wrong predictions, alternating between true classes.
+    """Returns up to `count` rows of correct and of wrong predictions, alternating between true classes.
 
-    Correct predictions are spread evenly over the rows of a class. Wrong ones are in order of falling probability, with
-    the first image of each patient before any further images.
+    The former are spread evenly over a class; the latter fall in probability, with new patients first.
     """
     p, predicted = predictions, predictions.predicted
     confidence = p.probabilities.max(axis=1)

@@ -171,10 +171,7 @@ def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reade
 def run_missing(
     table: Table, tables: Mapping[str, Table], options: Options, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Executes the missing, unfinished and damaged runs in sequence; returns {command line: error} for failures.
-
-    Raises `signals.Interrupted` after a signal, once the current run has saved its checkpoint.
-    """
+    """Executes the missing, unfinished and damaged runs; returns {command: error}. Raises `signals.Interrupted`."""
     failures: dict[str, str] = {}
     unprepared: set[str] = set()  # data sets that were reported
     names = cells.experiments(table, tables)

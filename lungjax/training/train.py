@@ -112,7 +112,9 @@ def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = 
         if progress.last_validation < run.program.steps and not progress.stopped and distributed.is_first_host():
             workdirs.drop_reports(run.workdir)
         while True:
-            error = train_loop(run, checkpoints, non_finite.enable_steps(policy, state), progress, watch, profiler)
+            if policy != "skip":  # bad steps would disable all later ones
+                state = non_finite.with_counters(state, bad_steps=0)
+            error = train_loop(run, checkpoints, state, progress, watch, profiler)
             if error is None:
                 return
             if policy != "rewind":
@@ -165,7 +167,8 @@ def train_loop(
                     error = write_steps(run, log, step, progress)
                     if error:
                         if config.on_nan == "stop" and checkpoints.last_step < error.step - 1:
-                            checkpoints.save(non_finite.state_before(error.step, state), vars(progress))
+                            before = non_finite.with_counters(state, step=error.step - 1)
+                            checkpoints.save(before, vars(progress))
                         return error
                 if interrupted:
                     watch.check()  # raises Interrupted

@@ -67,10 +67,9 @@ def resize(image: np.ndarray) -> np.ndarray:
 
 
 def body_mask(square: np.ndarray) -> np.ndarray | None:
-    """Returns the CT-COV19 study's body mask of a gray image [h, w]; None without edges.
+    """Returns the CT-COV19 study's body mask of a gray image [h, w], without its unused repair; None without edges.
 
-    The steps are threshold 150, margin, erosion, Canny, dilation, and the longest contour, filled. The study's code can
-    also repair a mask that is open at the top edge, but no published call does so.
+    The steps are threshold 150, margin, erosion, Canny, dilation, and the longest contour, filled.
     """
     bright = np.pad(square > THRESHOLD, MARGIN)
     bright = ndimage.binary_erosion(bright, SQUARE, border_value=1)
