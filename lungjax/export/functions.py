@@ -96,7 +96,7 @@ class Functions:
         """Compares an export with the network and times it.
 
         `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`. Raises
-        ValueError if the difference is above MAX_TOLERANCE, or above both TOLERANCE and ROUNDING_FACTOR times that of the
+        ValueError if the difference is above MAX_TOLERANCE, or above TOLERANCE and ROUNDING_FACTOR times that of the
         folded network in float32.
         """
         pixels = [self.sample(batch) for batch in CHECKED_BATCHES]

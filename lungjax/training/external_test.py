@@ -49,7 +49,7 @@ def evaluate(
     """Tests the run in `workdir` on another data set; returns WORKDIR/external/NAME/report.md.
 
     `config` is that of the run; fields that do not change weights may differ. `data_dir` has both data sets. The other
-    one has the clean protocol; `split` is one of TESTABLE_SPLITS, `label_map` as in `read_map`. `drop_overlap` leaves out
+    one has the clean protocol; `split` is one of TESTABLE_SPLITS, `label_map` as in `read_map`; `drop_overlap` drops
     patients that the run has seen. NAME is `dataset` with "_" for "/", and ends with `split` unless it is test.
 
     Temperature and thresholds are those in the run's model.json. If the label map joins or leaves out classes of the
