@@ -111,10 +111,7 @@ def _to_tuples(value: Any) -> Any:
 
 
 def _requirements(model: Metadata) -> Iterator[tuple[str, bool, str]]:
-    """Yields (name, whether its value is valid, valid values) of fields from an untrusted file.
-
-    Raises AttributeError, KeyError or TypeError for some values of the wrong type.
-    """
+    """Yields (name, whether its value is valid, valid values). May raise AttributeError, KeyError or TypeError."""
     classes, spec, window, pairs = model.classes, model.input, model.window, model.hu_windows
     distinct = isinstance(classes, tuple) and len(set(classes)) == len(classes) > 1
     yield "classes", distinct and all(isinstance(c, str) for c in classes), "two or more different names"

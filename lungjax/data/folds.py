@@ -79,10 +79,7 @@ def _fill_parts(place: np.ndarray, images: np.ndarray, count: int) -> np.ndarray
 
 
 def linked_groups(data: Prepared, rows: np.ndarray) -> np.ndarray:
-    """Returns the group of each of `rows`, str [n]; groups linked by duplicates get the first of their names.
-
-    Exact copies (`pixels`) link groups; near duplicates link them if both images, or copies of them, are in `rows`.
-    """
+    """Returns the groups of `rows`, str [n]; those linked by copies or near duplicates in `rows` get one name."""
     names, group = np.unique(data.columns["group"][rows], return_inverse=True)
     pixels = data.columns.get("pixels", data.columns["file"])
     pictures, picture = np.unique(pixels[rows], return_inverse=True)

@@ -107,10 +107,7 @@ def _pixel_statistics(data: Prepared) -> dict[str, float]:
 
 
 def _worst_pairs(data: Prepared) -> list[str]:
-    """Returns at most MAX_NAMES pairs such as "a.png (test, COVID) = b.png (train, Normal)", worst first.
-
-    "=" joins exact copies (one pair per set of copies), "~" near duplicates. Images in no split are omitted.
-    """
+    """Returns up to MAX_NAMES pairs, worst first: "a.png (test, COVID) = b.png (train, Normal)"; "~" if only near."""
     cells, columns = statistics.cells(data), data.columns
     pairs = np.concatenate([statistics.copies(data), data.near])
     pairs = statistics.worst_first(pairs[(cells[pairs] != "").all(axis=1)], data)[0]

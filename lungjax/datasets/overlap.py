@@ -92,10 +92,7 @@ def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.n
 
 
 def shared_sources(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
-    """Returns the common sources of two public data sets, sorted; one of them may be a source of the other.
-
-    Source names in users' folders and synthetic data sets are not public, so they are ignored.
-    """
+    """Returns the common sources of two data sets, sorted, including each other; private sources are ignored."""
     if _identity(one) == _identity(other):
         return []
     sources = []

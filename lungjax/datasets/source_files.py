@@ -61,8 +61,7 @@ def lookup(value: str, values: Mapping[str, str], what: str, where: str) -> str:
 def block(stem: str) -> str:
     """Returns the block of BLOCK_SIZE consecutive numbers that contains the last number of a file name.
 
-    "neg_81" and "neg_119" are in "neg_block2", because neighboring slices of an unknown patient are nearly identical. A
-    name without a number forms a separate block.
+    "neg_81" and "neg_119" are in "neg_block2", since neighbors are nearly identical; a name without number is apart.
     """
     match = re.search(r"(\d+)(\D*)$", stem)
     return f"{stem[: match.start()]}block{int(match.group(1)) // BLOCK_SIZE}" if match else stem

@@ -83,8 +83,7 @@ def metrics_at_thresholds(
 def choose_all(val: Predictions, test: Predictions, options: EvalConfig) -> Points:
     """Returns the thresholds of all classes and rules, chosen on `val`, at the levels slice and patient.
 
-    The latter only if a patient has several examples in `val` or `test`. A class without a threshold has {};
-    `missing_rules` gives the reason.
+    The latter only if a patient has several examples; a class without a threshold has {} (see `missing_rules`).
     """
     rules = ("youden", f"sensitivity_{options.sensitivity:g}")
     levels = {"slice": val}
@@ -120,9 +119,9 @@ def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[fl
     """Returns the decision curve of a class (Vickers and Elkin, Medical Decision Making 26:565, 2006).
 
     At a threshold probability t, examples with a probability of at least t are treated, and a false positive costs
-    t / (1 - t) of the benefit of a true positive: net benefit = TP / N - FP / N * t / (1 - t). Probabilities should be
-    calibrated; at least one example is required. Returns lists of equal length: "thresholds" 0.01, 0.02, ... 0.99,
-    "model", and "all" for treating every example. Treating none has a net benefit of zero.
+    t / (1 - t) of the benefit of a true positive: net benefit = TP / N - FP / N * t / (1 - t), zero for treating none.
+    Probabilities should be calibrated; at least one example is required. Returns lists of equal length: "thresholds"
+    0.01, 0.02, ... 0.99, "model", and "all" for treating every example.
     """
     t, positive = np.arange(1, 100) / 100, predictions.labels == class_index
     odds, share, scores = t / (1 - t), positive.mean(), _scores(predictions, class_index)

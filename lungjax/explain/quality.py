@@ -179,10 +179,7 @@ def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray) -> dict[str, 
 def measure(
     explainer: Explainer, method: str, images: np.ndarray, targets: np.ndarray, slices: Slices | None = None
 ) -> dict[str, Any]:
-    """Returns {"pointing", "deletion", "sanity"} for a method; prints progress.
-
-    Explains the classes `targets` int [N] in `images` uint8 [N, H, W, C] with N >= 1. "pointing" needs `slices`.
-    """
+    """Returns "pointing" (if there are `slices`), "deletion" and "sanity" for the classes `targets` of `images`."""
     print(f"{method}: maps of {len(images)} images")
     maps, _ = explainer.maps(images, targets, method)
     random = random_maps(len(images), explainer.grain(method), maps.shape[1:], 0)

@@ -155,10 +155,7 @@ def load(workdir: Path) -> Functions:
 
 
 def from_pyz(path: Path) -> Functions:
-    """Returns the functions of a model.pyz, rebuilt from its weights and configuration instead of its programs.
-
-    Raises ValueError as `artifacts.read_parts` does, and if weights and configuration do not match.
-    """
+    """Returns the functions of the weights and configuration of a model.pyz. Raises ValueError if they don't match."""
     metadata, weights, about = artifacts.read_parts(path)
     where = f"{path}: {artifacts.ABOUT}"
     config = overrides.from_json(json.dumps({"model": about.get("network")}), where)

@@ -141,8 +141,8 @@ def compound_scale(
 ) -> partial[EfficientNet]:  # fmt: skip
     """Returns a constructor of the network with all widths and depths of `stages` multiplied by `width` and `depth`.
 
-    Widths are rounded to the nearest multiple of 8, at least 8; with `guard`, never down by more than 10 %. `lite`
-    drops squeeze-excite and leaves stem, top and the depth of the first and last stage unscaled.
+    Widths are multiples of 8 and, with `guard`, never rounded down by more than 10 %. `lite` drops squeeze-excite and
+    leaves stem, top and the depth of the first and last stage unscaled.
     """
 
     def wide(channels: int) -> int:

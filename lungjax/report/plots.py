@@ -175,10 +175,7 @@ def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarr
 
 
 def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, heats: np.ndarray, path: Path) -> None:
-    """Draws the misclassified images of M >= 1 `rows`, each next to a copy with the heat map of its predicted class.
-
-    `images` uint8 [M, h, w, 1 or 3] are the network's input; `heats` [M, h, w] are in 0..1.
-    """
+    """Draws misclassified images, uint8 [M, h, w, 1 or 3], each next to a copy with its heat map [h, w] in 0..1."""
     p, tiles = predictions, []
     for row, image, heat in zip(rows, images, heats, strict=True):
         lines = [str(p.ids[row])]

@@ -195,9 +195,9 @@ def map_predictions(
 ) -> Predictions:
     """Converts predictions over the classes of a run to calibrated predictions over the tested classes.
 
-    Sums the probabilities of the members of each class at the run's temperature and normalizes the sums, using the
-    log-sum-exp of logits, which stays accurate for confident networks. The resulting logits are those at temperature 1.
-    `labels` [N] are labels of the other data set, all of them mapped.
+    Adds the probabilities of the members of each class at the run's temperature, by the log-sum-exp of logits, which
+    stays accurate for confident networks; the resulting logits are those at temperature 1. `labels` [N] are labels of
+    the other data set, all of them mapped.
     """
     logits = predicted.logits
     if logits is None:

@@ -17,7 +17,6 @@ from lungjax.datasets import open_dataset
 from lungjax.evaluation import metrics, predict_split
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models import trees
-from lungjax.report.templating import listed
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.signals import Watch
 from lungjax.training import auto, optim, program
@@ -48,10 +47,6 @@ class Run:
                     yield ready.pop(0)
         finally:
             batches.close()  # stops its threads and processes
-
-    def batch_names(self, index: int) -> str:
-        """Returns the names of the first files in training batch `index`."""
-        return listed(self.data.columns["file"][pipeline.batch_rows(self.data, self.config, index)])
 
     def predict(
         self, variables: dict[str, Any], split: str, data: Prepared | None = None, watch: Watch | None = None

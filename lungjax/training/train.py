@@ -13,6 +13,7 @@ import numpy as np
 from lungjax import config as configs
 from lungjax import models
 from lungjax.config import Config, overrides
+from lungjax.data import pipeline
 from lungjax.datasets import without_lungs
 from lungjax.evaluation import baselines, metrics
 from lungjax.report.templating import listed
@@ -198,7 +199,8 @@ def write_steps(run: Run, log: MetricsLog, step: int, progress: Progress) -> Non
     """Logs the mean metrics of the steps since the last row; returns the error of `non_finite.check_steps`."""
 
     def names(step: int) -> str:
-        return run.batch_names(step - 1 + progress.skipped_batches)
+        rows = pipeline.batch_rows(run.data, run.config, step - 1 + progress.skipped_batches)
+        return listed(run.data.columns["file"][rows])
 
     finite, error = non_finite.check_steps(run.config.train.on_nan, log.fetch(), step, progress, names)
     log.write_steps(error.step - 1 if error else step, finite)
