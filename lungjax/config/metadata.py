@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lungjax.config.schema import STAGES, InputSpec
+from lungjax.config.schema import STAGES, InputSpec, parse_json
 
 FILE = "model.json"
 FORMAT = 1  # the key `format`; incremented if a key is removed or changes meaning
@@ -79,11 +79,8 @@ class Metadata:
 
 def from_json(text: str | bytes, where: str = FILE) -> Metadata:
     """Reads the JSON of `Metadata.to_json`. Raises ValueError, naming `where`, for invalid text or a newer format."""
-    try:
-        tree = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
+    tree = parse_json(text, where)
+    if not isinstance(tree.get("format"), int):
         raise ValueError(f"{where}: not a model.json of lungjax (no numeric `format`)")
     if tree["format"] > FORMAT:
         raise ValueError(f"{where}: format {tree['format']} of a newer lungjax; this one supports up to {FORMAT}")
@@ -104,6 +101,19 @@ def read(path: Path) -> Metadata:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     return from_json(path.read_bytes(), str(path))
+
+
+def read_data(workdir: Path) -> dict[str, Any]:
+    """Returns the data.json of a run: dataset, classes, fingerprint. Raises ValueError if it is missing or damaged."""
+    path = workdir / "data.json"
+    try:
+        content = parse_json(path.read_bytes(), str(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        content = {}
+    classes, texts = content.get("classes"), [content.get("dataset"), content.get("fingerprint")]
+    if not isinstance(classes, list) or not all(isinstance(text, str) for text in [*classes, *texts]):
+        raise ValueError(f"{path} is missing or damaged; delete it and rerun the command that trained the run")
+    return content
 
 
 def _to_tuples(value: Any) -> Any:

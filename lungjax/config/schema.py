@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,6 +252,28 @@ class Config:
     # Fields from AUTO that the run chooses from the number of training images; `--set` of a field removes it from here.
     # --compile_for uses their values in this configuration.
     auto: tuple[str, ...] = ()
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """Reads a JSON object. Raises ValueError, naming `where`, for other text, NaN, infinity and 65-bit integers."""
+
+    def finite(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits:.20} is not a finite number")
+        return value
+
+    def int64(digits: str) -> int:
+        if not -(2**63) <= (value := int(digits)) < 2**63:
+            raise ValueError(f"{digits:.20} has more than 64 bits")
+        return value
+
+    try:
+        tree = json.loads(text, parse_constant=finite, parse_float=finite, parse_int=int64)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where}: should be a JSON object, got {tree!r:.80}")
+    return tree
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

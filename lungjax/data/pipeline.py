@@ -142,8 +142,8 @@ def train_batches(
 
 
 def _begin_worker(*_: int) -> None:
-    # Ctrl-C and SIGTERM of a scheduler reach the process group, but the run needs batches until it has saved.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # These signals reach the process group, but the run needs batches until it has saved.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     environment.exit_with_parent()
 

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from lungjax.data import leakage, statistics
+from lungjax.config.schema import parse_json
+from lungjax.data import leakage, prepared, statistics
 from lungjax.data.prepared import Prepared
 from lungjax.data.splits import SPLITS
 
+FILE = "summary.json"
 MAX_IMBALANCE = 50  # train images of the most frequent class per image of the rarest
 MIN_SIDE = 112  # pixels, half of a usual network input
 MAX_NAMES = 20  # listed images and pairs; the counts are complete
@@ -215,5 +217,11 @@ def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 def write(result: dict[str, Any], directory: Path) -> None:
     """Writes summary.json and summary.md into `directory`."""
-    (directory / "summary.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (directory / FILE).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (directory / "summary.md").write_text(markdown(result), "utf-8")
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Returns the summary of a prepared data set. Raises ValueError if summary.json is missing or damaged."""
+    with prepared.damage(directory / FILE):
+        return parse_json((directory / FILE).read_bytes(), FILE)

@@ -31,6 +31,7 @@ from lungjax.evaluation import bootstrap
 from lungjax.explain import figures
 from lungjax.explain.saliency import Explainer
 from lungjax.report import templating
+from lungjax.runtime import files
 
 FIRST_SEED = 2**40  # of new patients: the seeds of phantom_ct start at --seed * 100,000
 LEVELS = 5  # slices per patient that are searched for a lesion
@@ -233,8 +234,8 @@ def write(
         description = f"{len(pixels)} images of the test split of {name}, without lesion masks"
     results = {method: measure(explainer, method, images, targets, slices) for method in methods}
     content = {"name": run.config.name, "step": run.step, "images": description, "methods": results}
-    (out / "quality.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
+    files.atomic_write(out / "quality.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     page = templating.render("quality.md.j2", **content, unchanged=UNCHANGED)
-    (out / "quality.md").write_text(page, "utf-8")
+    files.atomic_write(out / "quality.md", page)
     print(page)
     return bad

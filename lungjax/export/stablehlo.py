@@ -25,8 +25,8 @@ SCRIPT = "__main__.py"
 PACKED = (
     "config/__init__.py", "config/metadata.py", "config/schema.py", "config/validate.py",
     "data/__init__.py", "data/batching.py", "data/folder_walk.py", "data/imaging/__init__.py",
-    "data/imaging/images.py", "data/imaging/lung_masks.py", "data/imaging/lung_outline.py",
-    "data/imaging/study_masks.py", "data/preprocess.py",
+    "data/imaging/images.py", "data/imaging/limits.py", "data/imaging/lung_masks.py", "data/imaging/lung_outline.py",
+    "data/imaging/study_masks.py", "data/preprocess.py", "data/safe_text.py",
     "evaluation/__init__.py", "evaluation/novelty.py",
     "inference/__init__.py", "inference/artifacts.py", "inference/records.py",
 )  # fmt: skip

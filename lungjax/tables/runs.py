@@ -111,7 +111,7 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
     if not saved.exists():
         return State("missing", f"no run in {run.folder}")
     try:
-        expected, config = load.resolve(run.config), overrides.from_json(saved.read_text(), str(saved))
+        expected, config = load.resolve(run.config), overrides.read(saved)
     except ValueError as error:
         return State("unusable", str(error))
     difference = overrides.difference(config, expected)

@@ -72,7 +72,7 @@ def is_finished(folder: Path, config: Config, data: Prepared) -> bool:
         return False
     workdirs.check(folder, config, "train")
     workdirs.check_same_data(folder, data)
-    saved = overrides.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    saved = overrides.read(folder / "config.json")
     return not any(line.split(":")[0] in workdirs.LENGTH_FIELDS for line in overrides.difference(saved, config))
 
 

@@ -1,13 +1,13 @@
 """Processes one image of a data set: decodes, checks, applies the stage, resizes, hashes and measures it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from lungjax.data import duplicates, prepared, preprocess
 from lungjax.data.imaging import images
+from lungjax.data.imaging.limits import DEFAULT, Limits
 from lungjax.data.preprocess import Box
 from lungjax.datasets.listing import Example
 
@@ -20,6 +20,7 @@ class ImageOptions:
     size: tuple[int, int] | None = None  # height, width
     body: bool = False  # store a body mask
     window: tuple[float, float] | None = None  # 16-bit values that become 0 and 255
+    limits: Limits = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,9 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | s
     Raises ValueError for a box outside the image, which is an error in a table.
     """
     try:
-        data = Path(example.image).read_bytes() if isinstance(example.image, str) else example.image()
-        array, form = images.read(data)
+        file = example.image
+        data = images.file_bytes(file, options.limits) if isinstance(file, str) else file()
+        array, form = images.read(data, limits=options.limits)
     except (ValueError, OSError) as error:
         return str(error)
     height, width = array.shape[:2]

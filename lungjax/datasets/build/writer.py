@@ -24,7 +24,7 @@ import numpy as np
 
 from lungjax import __version__
 from lungjax.data import duplicates, leakage, prepared, summary
-from lungjax.data.prepared import Prepared
+from lungjax.data.imaging.limits import DEFAULT, Limits
 from lungjax.datasets import folder_volumes
 from lungjax.datasets.build import staging, tfds_builder
 from lungjax.datasets.build.process_image import ImageOptions, ProcessedImage, process_image
@@ -137,18 +137,20 @@ def prepare(
     overwrite: bool = False,
     keep: bool = False,
     quiet: bool = False,
+    limits: Limits = DEFAULT,
 ) -> dict[str, Any]:
     """Writes the data set `name`; returns its summary, which is also stored as summary.json and summary.md.
 
-    `stage`, `size` and `window` are those of `ImageOptions`; without a window, percentiles 0.5 and 99.5 of train are
-    used. `on_bad_image` is "fail", or "skip" to list and skip unreadable and missing images. `keep` returns {} for an
-    existing data set, which another process may have written; `overwrite` replaces it. `quiet` suppresses the output.
+    `stage`, `size`, `window` and `limits` are those of `ImageOptions`; without a window, percentiles 0.5 and 99.5 of
+    train are used. `on_bad_image` is "fail", or "skip" to list and skip unreadable and missing images. `keep` returns
+    {} for an existing data set, which another process may have written; `overwrite` replaces it. `quiet` suppresses
+    the output.
 
     Raises ValueError for a bad image, a box outside its image, too little disk space, or an existing data set.
     """
     say: Callable[[str], None] = (lambda text: None) if quiet else print
-    final = prepared.directory(data_dir, name)
-    options = ImageOptions(stage, size, listing.body, window)
+    options = ImageOptions(stage, size, listing.body, window, limits)
+    final = data_dir / name / prepared.VERSION  # without the recovery of `prepared.directory`
     with staging.locked(data_dir, name) as root:
         if prepared.is_prepared(final) and keep:
             return {}
@@ -190,7 +192,6 @@ def prepare(
         info |= {"size": size, "body": listing.body, "modality": listing.modality, "volumes": listing.volumes}
         prepared.write_index(written, info, columns, twins.pairs)
         data = prepared.load(written, name)
-        _check_order(data)
         notes = [note for note in (*listing.notes, *notes, twins.note, *removed) if note]
         lines = (images.skipped, images.unstaged, notes)
         result = summary.summarize(data, info, *lines, listing.group_name, listing.warnings)
@@ -260,6 +261,7 @@ def _shard_key(examples: Sequence[Example], options: ImageOptions) -> str:
             stat = os.stat(path)
             versions[path] = stat.st_size, stat.st_mtime_ns
     inputs = [(example.file, example.image, example.box, example.transform) for example in examples]
+    options = replace(options, limits=DEFAULT)  # a run with higher limits resumes the one that failed
     content = pickle.dumps((__version__, options, inputs, sorted(versions.items())))
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
@@ -293,12 +295,3 @@ def _pool(examples: Sequence[Example], options: ImageOptions, workers: int) -> E
     if slow < 50 * workers or workers == 1:
         return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), environment.exit_with_parent)
-
-
-def _check_order(data: Prepared) -> None:
-    # Training assumes that record i is row i of the index; if TFDS shuffled, every label would be wrong.
-    files = data.columns["file"]
-    sample = {0, len(files) - 1, *np.random.default_rng(0).integers(0, len(files), 30).tolist()}
-    wrong = [i for i in sorted(sample) if data.records[i]["file"].decode() != files[i]]
-    if wrong:
-        raise RuntimeError(f"{data.name}: the records are not in the order of the index, first at row {wrong[0]}")
