@@ -191,7 +191,7 @@ def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, 
 def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], list[int]]:
     """Returns up to `count` rows of correct and of wrong predictions, alternating between true classes.
 
-    The former are spread evenly over a class; the latter fall in probability, with new patients first.
+    Correct ones are spread evenly over a class; wrong ones fall in probability, the first image of each patient first.
     """
     p, predicted = predictions, predictions.predicted
     confidence = p.probabilities.max(axis=1)
