@@ -12,6 +12,8 @@ from typing import Any
 from lungjax.config import presets
 from lungjax.config.schema import AugmentConfig, Config, fields_of, nearest, parse_json
 
+BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+
 
 def override(config: Config, assignment: str) -> Config:
     """Returns `config` with one "path=value" set. Raises ValueError for an unknown path or a value of another type."""
@@ -49,12 +51,8 @@ def parse(text: str, hint: Any, what: str) -> Any:
         hint = next(o for o in typing.get_args(hint) if o is not type(None))
     if hint is str:
         return text
-    if hint is bool:
-        if text.lower() in ("true", "yes", "1"):
-            return True
-        if text.lower() in ("false", "no", "0"):
-            return False
-        raise error
+    if hint is bool and text.lower() in BOOLS:
+        return BOOLS[text.lower()]
     if typing.get_origin(hint) is tuple:
         text = text.strip()
         if text[:1] + text[-1:] in ("()", "[]"):  # not inside the text: regular expressions contain brackets

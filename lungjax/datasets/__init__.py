@@ -100,10 +100,7 @@ class DatasetName:
 
 
 def resolve(name: str) -> tuple[DatasetName, Dataset]:
-    """Returns the parts of a name such as "covidx_ct", "covidx_ct/3a-224" or "ct_cov19/lungs", and its registry entry.
-
-    Raises ValueError for an unknown data set, configuration or stage, with the nearest names.
-    """
+    """Returns the parts and the registry entry of a name such as "covidx_ct/3a-224". Raises ValueError if unknown."""
     base, _, rest = name.partition("/")
     if base not in DATASETS:
         raise ValueError(f"unknown data set {base!r}; {nearest(base, DATASETS)}")
@@ -176,10 +173,7 @@ def help_text(name: str) -> str:
 
 
 def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Prepared:
-    """Opens a prepared data set; a synthetic one is generated on first use.
-
-    Raises ValueError for an unknown name or protocol, and, with the command, for a data set that is not prepared.
-    """
+    """Opens a prepared data set, or generates a synthetic one. Raises ValueError with the command to prepare it."""
     parts, entry = resolve(name)
     folder = prepared.directory(Path(data_dir), parts.full)
     if not prepared.is_prepared(folder) and entry.synthetic:

@@ -60,9 +60,8 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
 
     Fields of `config` that are None take the value published for the architecture. `remat` recomputes the activations
     of each block in the backward pass. `platform` ("cpu", "gpu", "tpu", None: the default) sets the default dtype.
-
-    Raises ValueError for an unknown name, for a padding, epsilon, drop_path or dropout that the network does not
-    support, for fewer than two classes, and for a sigmoid with more than two.
+    Raises ValueError for an unknown name, a padding, epsilon, drop_path or dropout that the network does not support,
+    fewer than two classes, and a sigmoid with more than two.
     """
     check_name(config.name)
     platform = platform or jax.default_backend()

@@ -181,10 +181,7 @@ def listed(numbers: Sequence[int]) -> str:
 
 
 def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predictions:
-    """Returns the uncalibrated predictions of a run, since the studies do not calibrate.
-
-    Raises ValueError if they are missing, damaged or contradict `report`.
-    """
+    """Returns the uncalibrated predictions. Raises ValueError if they are missing, damaged or contradict `report`."""
     path = run.folder / f"predictions_{split}.csv"
     if not path.exists():
         raise ValueError(f"{path} is missing")
