@@ -11,11 +11,14 @@ from typing import Any
 
 from absl import app, flags, logging
 
+from lungjax.data.imaging.limits import BYTES_PER_PIXEL, DEFAULT, Limits
+from lungjax.data.safe_text import printable
 from lungjax.runtime import signals
 from lungjax.runtime.advice import in_user_form
+from lungjax.runtime.files import DISK_FULL
 
 USER_ERRORS = (
-    errno.ENOSPC, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR,
+    *DISK_FULL, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR,
 )  # fmt: skip
 
 
@@ -47,6 +50,7 @@ def run(
 
     program = sys.modules["__main__"]
     program.__doc__ = program.__doc__ and in_user_form(program.__doc__)  # printed by --help
+    signals.repeat_ignored_interrupts()
     define_flags()
     flags.DEFINE_bool("traceback", False, "Show the traceback of an error.", module_name=main.__module__)
     try:
@@ -62,7 +66,7 @@ def run(
     except (ValueError, OSError) as error:
         if flags.FLAGS.traceback or not _is_user_error(error):
             raise
-        print(in_user_form(f"lungjax: {error}"), file=sys.stderr)
+        print(printable(in_user_form(f"lungjax: {error}"), keep="\n"), file=sys.stderr)
         sys.exit(2)
 
 
@@ -76,6 +80,21 @@ def windows() -> dict[str, Any]:
     """Returns the fields of `Metadata` that --window and --hu_window replace."""
     values: dict[str, Any] = {"window": read_window(flags.FLAGS.window)} if flags.FLAGS.window else {}
     return values | ({"hu_windows": (read_hu_window(flags.FLAGS.hu_window),)} if flags.FLAGS.hu_window else {})
+
+
+def define_limit_flags(volumes: bool = True) -> None:
+    """Defines --max_megapixels and, with `volumes`, --max_megavoxels, which `limits` reads."""
+    pixels, voxels = DEFAULT.pixels / 1e6, DEFAULT.voxels / 1e6
+    # Pillow opens no larger image.
+    flags.DEFINE_float("max_megapixels", pixels, "Maximum number of pixels of an image, in millions.", 0.0001, 178)
+    if volumes:
+        flags.DEFINE_float("max_megavoxels", voxels, "Maximum number of voxels of a volume, in millions.", 0.0001)
+
+
+def limits() -> Limits:
+    """Returns the limits of a file that --max_megapixels and --max_megavoxels set."""
+    pixels, voxels = int(flags.FLAGS.max_megapixels * 1e6), int(flags.FLAGS.max_megavoxels * 1e6)
+    return Limits(pixels, voxels, max(BYTES_PER_PIXEL * pixels, DEFAULT.bytes))
 
 
 def read_window(text: str) -> tuple[float, float]:

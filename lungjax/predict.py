@@ -26,13 +26,15 @@ from absl import app, flags
 from lungjax import cli
 from lungjax.config import nearest
 from lungjax.config.metadata import NOTICE
+from lungjax.data.safe_text import csv_row, printable
 from lungjax.inference import records
 from lungjax.runtime import environment, files
 from lungjax.runtime.advice import in_user_form
 
 FLAGS = flags.FLAGS
 
-KEY_FLAGS = ("rule", "explain", "method", "gate_class")  # affect the records, as do metadata and inputs
+# Flags that affect the records, as do metadata and inputs.
+KEY_FLAGS = ("rule", "explain", "method", "gate_class", "max_megapixels", "max_megavoxels")
 FILES = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
 CHUNK = 64  # images in memory at a time
 MAX_LINES = 12  # printed per list
@@ -50,6 +52,7 @@ def define_flags() -> None:
     flags.DEFINE_string("gate_class", "WholeLung", "Class that --gate must assign to a volume for it to be predicted.")
     flags.DEFINE_string("group_pattern", "", "Regex whose first group is the patient in a path below a folder.")
     cli.define_window_flags()
+    cli.define_limit_flags()
 
 
 def main(argv: list[str]) -> None:
@@ -73,9 +76,9 @@ def main(argv: list[str]) -> None:
     if gate is not None and FLAGS.gate_class not in gate.metadata.classes:
         raise ValueError(f"--gate_class={FLAGS.gate_class}: {nearest(FLAGS.gate_class, gate.metadata.classes)}")
     model = replace(model, metadata=replace(model.metadata, **cli.windows()))
-    sources = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern)
+    sources = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern, cli.limits())
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a") as file:
+    with files.name_disk_errors(out), (out / "lock").open("a") as file:
         files.lock(file, f"{out}: another process is writing predictions here; wait, or choose another --out")
         check_out(out)  # again, since another process may have finished before the lock
         for name in FILES:
@@ -85,7 +88,7 @@ def main(argv: list[str]) -> None:
     if failures:
         print(f"{len(failures)} inputs failed:", file=sys.stderr)
         for name, why in failures[:MAX_LINES]:
-            print(in_user_form(f"  {name}: {why}"), file=sys.stderr)
+            print(in_user_form(printable(f"  {name}: {why}")), file=sys.stderr)
         if len(failures) > MAX_LINES:
             print(f"  and {len(failures) - MAX_LINES} more, in {out / 'predictions.csv'}", file=sys.stderr)
         sys.exit(1)
@@ -145,7 +148,7 @@ def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tu
         if total > MAX_LINES:
             print(f"... and {total - MAX_LINES:,} more")
         if counts:
-            print(f"{total:,} images: " + ", ".join(f"{name} {n:,}" for name, n in counts.most_common()))
+            print(f"{total:,} images: " + ", ".join(f"{printable(name)} {n:,}" for name, n in counts.most_common()))
         if sources.documents:
             print(f"Skipped {sources.documents:,} files that are not images")
         if sources.skipped:
@@ -198,14 +201,17 @@ def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, wr
                 if number < start:
                     continue
                 if p is None:
-                    record = records.failure(item.name, result)
+                    record: dict[str, Any] = records.failure(item.name, result)
                 else:
                     record = records.record(model.metadata, item.name, p, result.novelty, result.warnings, FLAGS.rule)
                     if FLAGS.explain:
                         best = int(p.argmax())
                         heat = model.maps(result.pixels[None], np.asarray([best]), method)[0]
                         path, classes = folder / f"{names[number]}_{method}.png", model.metadata.classes
-                        figures.draw(path, item.short, result.pixels, heat, p, classes, best, method)
+                        try:
+                            figures.draw(path, item.short, result.pixels, heat, p, classes, best, method)
+                        except OSError as error:
+                            record["warnings"] = [*record["warnings"], f"no saliency map: {error.strerror or error}"]
                 record["series"] = item.series
                 write(record)
                 yield record
@@ -221,7 +227,7 @@ def judge_volumes(gate: Any, sources: Any) -> dict[str, dict[str, Any]]:
         if middle is None:
             continue  # images of one patient, not a volume
         try:
-            result = gate.prepare(images.read(middle(metadata.plane, metadata.hu_windows))[0])
+            result = gate.prepare(images.decode(middle(metadata.plane, metadata.hu_windows), None))
         except (ValueError, OSError) as error:
             verdicts[series] = {"series": series, "error": f"the gate can't read it: {error}"}
             continue
@@ -249,22 +255,26 @@ def tables(stem: Path, columns: Sequence[str], key: str) -> Iterator[Any]:
     paths = [stem.with_suffix(suffix) for suffix in (".csv", ".jsonl")]
     partials = [path.with_name(f"{path.name}.{key}.partial") for path in paths]
     with contextlib.ExitStack() as stack:
-        # File names that are not UTF-8 keep their bytes in the table and are escaped in JSON.
-        lines, table = (
-            stack.enter_context(path.open("a+", buffering=1, newline="", encoding="utf-8", errors=errors))
-            for path, errors in zip(partials[::-1], ("backslashreplace", "surrogateescape"), strict=True)
+        lines, table = (  # file names that are not UTF-8 keep their bytes in the table and are escaped in JSON
+            stack.enter_context(path.open("a+", buffering=1, newline="", encoding="utf-8", errors="surrogateescape"))
+            for path in partials[::-1]
         )
         complete = partials[1].read_bytes().rpartition(b"\n")[0] + b"\n"
         lines.truncate(len(complete) if len(complete) > 1 else 0)
         table.truncate(0)
         done = [json.loads(text) for text in complete.splitlines() if text]
         writer = csv.writer(table, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([records.cell(record, column) for column in columns] for record in done)
+        writer.writerow(csv_row(columns))
+
+        def write_row(record: dict[str, Any]) -> None:
+            writer.writerow(csv_row(records.cell(record, column) for column in columns))
+
+        for record in done:
+            write_row(record)
 
         def write(record: dict[str, Any]) -> None:
-            lines.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
-            writer.writerow([records.cell(record, column) for column in columns])
+            lines.write(json.dumps(record, allow_nan=False) + "\n")  # ASCII, without control characters
+            write_row(record)
 
         yield write, done
     for partial, path in zip(partials, paths, strict=True):
@@ -276,7 +286,7 @@ def line(name: str, record: dict[str, Any]) -> str:
     called = [other for other, point in record["decisions"].items() if point["called"]]
     text = f"{name}: {record['predicted']} {record['probabilities'][record['predicted']]:.3f}"
     text += f", called {' and '.join(called)}" if called else ""
-    return text + "".join(f"\n  warning: {warning}" for warning in record["warnings"])
+    return "\n  warning: ".join(map(printable, (text, *record["warnings"])))
 
 
 if __name__ == "__main__":

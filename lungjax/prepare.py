@@ -16,6 +16,7 @@ from absl import app, flags
 
 from lungjax import cli, datasets
 from lungjax.data import summary
+from lungjax.data.safe_text import printable
 from lungjax.datasets import overlap
 from lungjax.runtime.advice import in_user_form
 
@@ -29,6 +30,8 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", "data", "Folder for prepared data sets.")
     flags.DEFINE_string("window", None, "16-bit pixel values that become black and white, as low,high.")
     flags.DEFINE_enum("on_bad_image", "fail", ["fail", "skip"], "Action for a damaged or missing image.")
+    keep = "Action for an image without a detected body or lung: keep stores the previous stage."
+    flags.DEFINE_enum("on_no_lung", "keep", ["keep", "skip", "fail"], keep)
     flags.DEFINE_bool("overwrite", False, "Replace a prepared data set.")
     flags.DEFINE_string("cross", None, "Another prepared data set; prints the patients and images that both share.")
     flags.DEFINE_string("lookup", None, "folder: print the files in --source that have this name in reports.")
@@ -41,6 +44,7 @@ def define_flags() -> None:
     flags.DEFINE_list("hu_window", ["-600/1500"], window)
     flags.DEFINE_enum("plane", "axial", ["axial", "coronal", "sagittal"], "DICOM, NIfTI: orientation of the images.")
     flags.DEFINE_enum("position", "all", ["all", "mid"], "DICOM, NIfTI: all slices, or the middle one.")
+    cli.define_limit_flags()
 
 
 def main(_: list[str]) -> None:
@@ -52,9 +56,10 @@ def main(_: list[str]) -> None:
     names = ("seed", "source_pattern", "group_pattern", "modality", "plane", "position")
     values: dict[str, Any] = {name: FLAGS[name].value for name in names}
     hu_windows = tuple(cli.read_hu_window(text) for text in FLAGS.hu_window)
-    options = datasets.PrepareOptions(classes=tuple(FLAGS.classes), hu_windows=hu_windows, **values)
+    values |= {"classes": tuple(FLAGS.classes), "hu_windows": hu_windows, "limits": cli.limits()}
+    options = datasets.PrepareOptions(**values)
     if FLAGS.lookup:
-        print("\n".join(datasets.lookup(FLAGS.lookup, source, data_dir, options)))
+        print("\n".join(map(printable, datasets.lookup(FLAGS.lookup, source, data_dir, options))))
         return
     if source or not FLAGS.cross:
         result = datasets.write(
@@ -64,6 +69,7 @@ def main(_: list[str]) -> None:
             options,
             window=cli.read_window(FLAGS.window) if FLAGS.window else None,
             on_bad_image=FLAGS.on_bad_image,
+            on_no_lung=FLAGS.on_no_lung,
             overwrite=FLAGS.overwrite,
         )
         print(summary.markdown(result))

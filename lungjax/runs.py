@@ -76,8 +76,7 @@ def read(folder: Path, name: str) -> RunSummary:
     """Returns a run from its files. Raises ValueError if config.json is damaged."""
     from lungjax.training import metrics_log, progress  # they import jax
 
-    path, report_path = folder / "config.json", folder / "report.json"
-    config = overrides.from_json(path.read_text("utf-8"), str(path))
+    config, report_path = overrides.read(folder / "config.json"), folder / "report.json"
     rows, train = metrics_log.read(folder / "metrics.jsonl"), config.train
     key = f"val.{train.monitor}"
     curve = [(row["step"], row[key]) for row in rows if row.get(key) is not None]

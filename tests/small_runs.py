@@ -79,6 +79,12 @@ def last_state(workdir: Path) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(key, simple=True, separator="/"): np.asarray(leaf) for key, leaf in leaves}
 
 
+def best_variables(workdir: Path) -> dict:
+    """Returns the best parameters and statistics, read without lungjax."""
+    path = workdir.absolute() / "checkpoints/best" / str(newest(workdir, "best"))
+    return ocp.load_checkpointables(path)["variables"]
+
+
 def assert_same_end(a: Path, b: Path) -> None:
     """Asserts that the last state, best step and losses of two runs are bit-identical."""
     states = [last_state(workdir) for workdir in (a, b)]

@@ -1,15 +1,18 @@
 """Exit codes and messages that all commands share."""
 
+import errno
 import json
+import os
 import signal
 import types
 from pathlib import Path
+from unittest.mock import Mock
 
 import commands
 import pytest
 
 from lungjax.config import overrides
-from lungjax.runtime import signals
+from lungjax.runtime import files, signals
 
 
 def fail(error):
@@ -40,6 +43,19 @@ def test_traceback_of_bugs(capsys):
     command.main = lambda _: overrides.parse("x", int, "train.steps")
     with pytest.raises(ValueError, match="expected int"):
         commands.run(command, "--traceback")
+
+
+def test_path_of_a_full_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    for write in (lambda path: files.atomic_write(path, "{}"), lambda path: Path("/dev/full").write_text("{}")):
+
+        def main(_, write=write):
+            with files.name_disk_errors(tmp_path):
+                write(tmp_path / "file.json")
+
+        assert commands.run(types.SimpleNamespace(main=main, define_flags=lambda: None, __name__="command")) == 2
+        assert str(tmp_path) in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_unexpected_and_missing_arguments(capsys):

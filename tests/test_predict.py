@@ -183,6 +183,19 @@ def test_unread_files_and_small_images(by_brightness, tmp_path, capsys):
     assert "1 of 2 images" in series["P2"]["warnings"]
 
 
+def test_limit_flags(by_brightness, tmp_path):
+    large, small = tmp_path / "large.png", tmp_path / "small.png"
+    large.write_bytes(encoded(np.eye(40, dtype=np.uint8)))
+    small.write_bytes(encoded(np.eye(9, dtype=np.uint8)))
+    volume = scans.nifti(tmp_path / "a.nii.gz", scans.body((9, 9, 9)))
+    limits = {"max_megapixels": 0.001, "max_megavoxels": 0.0005}
+    assert by_brightness(large, small, volume, **limits) == 1
+    rows = table(tmp_path / "out/predictions.csv")
+    assert "--max_megapixels" in rows["large.png"]["error"] and "--max_megavoxels" in rows["a.nii.gz"]["error"]
+    assert rows["small.png"]["predicted"]
+    assert by_brightness(large, small, volume, out=tmp_path / "all") == 0
+
+
 def test_resume_after_interruptions(trained_run, command, by_brightness, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(predict, "CHUNK", 4)
     bright = model.load("model")
@@ -402,6 +415,34 @@ def test_odd_paths(trained_run, by_brightness, tmp_path):
         "dangling.png", "again", "x.png", "x" * 12, "list.csv"
     }  # fmt: skip
     assert lines(tmp_path / "out/predictions.jsonl")  # each line is JSON
+
+
+def test_special_files(trained_run, by_brightness, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "list.csv").write_text(f"path\n/dev/zero\n{trained_run.images / 'p000.png'}\n")
+    os.mkfifo(tmp_path / "pipe.csv")
+    assert by_brightness(tmp_path / "pipe.png", tmp_path / "list.csv", tmp_path / "pipe.csv") == 1
+    errors = {name: row["error"] for name, row in table(tmp_path / "out/predictions.csv").items()}
+    assert errors.pop("p000.png") == "" and set(errors) == {"pipe.png", "zero", "pipe.csv"}
+    assert all("device" in error for error in errors.values())
+
+
+def test_hostile_file_names(trained_run, command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ("=1+1.png", "a\x1b[2J\rb.png", f"{'n' * 246}.png")
+    for name in names:
+        (tmp_path / name).write_bytes((trained_run.images / "p000.png").read_bytes())
+    (tmp_path / "bad\x1b.png").touch()
+    (tmp_path / "out/explain/_1_1_gradcam.png").mkdir(parents=True)  # can't be replaced by a file
+    assert command(*names, "bad\x1b.png", explain=True) == 1
+    output = capsys.readouterr()
+    assert "\x1b" not in output.out + output.err and r"a\x1b[2J\rb.png" in output.out and r"bad\x1b" in output.err
+    rows = table(tmp_path / "out/predictions.csv")
+    assert set(rows) == {"'=1+1.png", r"a\x1b[2J\rb.png", names[2], r"bad\x1b.png"}
+    assert {record["file"] for record in lines(tmp_path / "out/predictions.jsonl")} == {*names, "bad\x1b.png"}
+    assert {name for name, row in rows.items() if "no saliency map" in row["warnings"]} == {"'=1+1.png"}
+    maps = {path.name for path in (tmp_path / "out/explain").iterdir()}
+    assert maps == {"_1_1_gradcam.png", "a__2J_b_gradcam.png", f"{'n' * 200}_gradcam.png"}
 
 
 def test_sixteen_bits_as_in_the_prepared_copy(tmp_path):

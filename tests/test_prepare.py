@@ -18,7 +18,8 @@ from PIL import Image
 from small_runs import group_ends
 
 from lungjax import cli, datasets, prepare
-from lungjax.data import prepared
+from lungjax.config import InputSpec
+from lungjax.data import pipeline, prepared
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets.build import staging, writer
@@ -149,6 +150,25 @@ def test_bad_images(folder, tmp_path, monkeypatch):
         write(tmp_path, on_bad_image="skip", overwrite=True)
 
 
+def test_image_above_the_limit(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.eye(30, dtype=np.uint8)).save(folder / "train/a/large.png")
+    arguments = ("--dataset=folder", "--source=in", "--max_megapixels=0.0005")
+    assert commands.run(prepare, *arguments) == 2 and "large.png: 30 x 30 pixels" in capsys.readouterr().err
+    assert commands.run(prepare, *arguments, "--on_bad_image=skip") == 0
+    assert "train/a/large.png" not in open_folder(tmp_path).columns["file"]
+
+
+def test_images_without_a_lung(folder, tmp_path):
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.glob("*/*/*"))
+    for value, file in enumerate(files, 100):
+        Image.fromarray(np.full((16, 20), value, np.uint8)).save(folder / file)
+    assert sorted(write(tmp_path, "folder/flat-lungs")["unstaged"]) == files
+    for action, word in (("fail", "no body or lung"), ("skip", "no readable image")):
+        with pytest.raises(ValueError, match=word):
+            write(tmp_path, "folder/flat-lungs", on_no_lung=action, overwrite=True)
+
+
 def test_overwrite(folder, tmp_path):
     write(tmp_path)
     first = open_folder(tmp_path).fingerprint
@@ -225,13 +245,77 @@ def test_killed_run(tmp_path):
     assert [path.name for path in (tmp_path / "data/.staging").iterdir()] == ["folder-default.lock"]
 
 
+def test_kill_between_the_renames_of_an_overwrite(folder, tmp_path, monkeypatch):
+    write(tmp_path)
+    first, rename = open_folder(tmp_path).fingerprint, Path.rename
+
+    def killed(path, target):
+        if path.name == prepared.VERSION and ".staging" in path.parts:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, overwrite=True)
+    final = tmp_path / "data/folder/default" / prepared.VERSION
+    assert not final.exists() and open_folder(tmp_path).fingerprint == first
+    write(tmp_path)
+    assert final.exists() and open_folder(tmp_path).fingerprint == first
+    assert [path.name for path in final.parent.iterdir()] == [prepared.VERSION]
+
+
+def test_synced_files(folder, tmp_path, monkeypatch):
+    synced, fsync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino) or fsync(handle))
+    write(tmp_path)
+    final = prepared.directory(tmp_path / "data", "folder/default")
+    assert {path.stat().st_ino for path in (final.parent, final, *final.iterdir())} <= synced
+
+
+def test_records_of_another_set(folder, tmp_path):
+    write(tmp_path)
+    for path in folder.glob("*/*/*"):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
+    write(tmp_path, "folder/inverted")
+    for path in list(folder.glob("*/*/*")):
+        path.rename(path.with_name(f"x{path.name}"))
+    write(tmp_path, "folder/renamed")
+    first, *others = (
+        next(prepared.directory(tmp_path / "data", name).glob("*record*"))
+        for name in ("folder/default", "folder/inverted", "folder/renamed")
+    )
+    for other in others:
+        first.write_bytes(other.read_bytes())
+        with pytest.raises(ValueError, match="does not match row.*--overwrite"):
+            open_folder(tmp_path)
+
+
+def test_record_damaged_after_opening(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "SHARD_BYTES", 1000)
+    monkeypatch.setattr(prepared, "SAMPLE", 2)
+    write(tmp_path)
+    directory = prepared.directory(tmp_path / "data", "folder/default")
+    shard = sorted(directory.glob("*record*"))[3]
+    content = bytearray(shard.read_bytes())
+    content[100:200] = bytes(100)
+    shard.write_bytes(content)
+    data = open_folder(tmp_path)
+    reader = pipeline.Reader(data, InputSpec())
+    with pytest.raises(ValueError, match=rf"{data.name}: .*{directory} is damaged.*--overwrite"):
+        [reader(row) for row in range(24)]
+
+
 def test_incomplete_index(folder, tmp_path):
     write(tmp_path)
     index = prepared.directory(tmp_path / "data", "folder/default") / prepared.INDEX
     original = index.read_bytes()
     arrays = dict(np.load(index))
     np.savez(index, **{name: values[:21] for name, values in arrays.items()})
-    with pytest.raises(ValueError, match="21 rows"):
+    with pytest.raises(ValueError, match="21 rows but 24 records.*--overwrite"):
+        open_folder(tmp_path)
+    np.savez(index, **arrays | {"column/label": arrays["column/label"] + 1})
+    with pytest.raises(ValueError, match="labels"):
         open_folder(tmp_path)
     for part in (original[:-200], b""):
         index.write_bytes(part)
@@ -255,7 +339,7 @@ def test_insufficient_disk_space(folder, tmp_path, monkeypatch):
 def test_shuffled_records(folder, tmp_path, monkeypatch):
     original = prepared.open_records
     monkeypatch.setattr(prepared, "open_records", lambda path: list(reversed(list(original(path)))))
-    with pytest.raises(RuntimeError, match="order"):
+    with pytest.raises(ValueError, match="does not match row"):
         write(tmp_path)
     assert_nothing_opens(tmp_path)
 

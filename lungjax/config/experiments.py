@@ -39,7 +39,7 @@ def load(choice: str) -> Config:
         path = Path(target)
         if not path.is_file():
             raise ValueError(f"--experiment={choice}: no such file")
-        return overrides.from_json(path.read_text(), target)
+        return overrides.read(path)
     path = Path(target) if target.endswith(".py") else names().get(target, Path())
     if not path.is_file():
         hint = "no such file" if target.endswith(".py") else schema.nearest(target, names())

@@ -8,10 +8,11 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lungjax.config.schema import STAGES, InputSpec
+from lungjax.config.schema import STAGES, InputSpec, parse_json
 
 FILE = "model.json"
 FORMAT = 1  # the key `format`; incremented if a key is removed or changes meaning
@@ -78,11 +79,8 @@ class Metadata:
 
 def from_json(text: str | bytes, where: str = FILE) -> Metadata:
     """Reads the JSON of `Metadata.to_json`. Raises ValueError, naming `where`, for invalid text or a newer format."""
-    try:
-        tree = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("format"), int):
+    tree = parse_json(text, where)
+    if not isinstance(tree.get("format"), int):
         raise ValueError(f"{where}: not a model.json of lungjax (no numeric `format`)")
     if tree["format"] > FORMAT:
         raise ValueError(f"{where}: format {tree['format']} of a newer lungjax; this one supports up to {FORMAT}")
@@ -90,9 +88,9 @@ def from_json(text: str | bytes, where: str = FILE) -> Metadata:
         spec = InputSpec(**{key: _to_tuples(value) for key, value in tree["input"].items()})
         known = {f.name for f in dataclasses.fields(Metadata)} & {*tree}
         result = Metadata(**{key: _to_tuples(tree[key]) for key in known} | {"input": spec})
-        for name, value, valid, expected in _requirements(result):
+        for name, valid, expected in _requirements(result):
             if not valid:
-                raise ValueError(f"{where}: `{name}` {value!r:.200}: expected {expected}")
+                raise ValueError(f"{where}: `{name}` {attrgetter(name)(result)!r:.200}: expected {expected}")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: a field is missing, unknown or of the wrong type ({error})") from None
     return result
@@ -105,48 +103,51 @@ def read(path: Path) -> Metadata:
     return from_json(path.read_bytes(), str(path))
 
 
+def read_data(workdir: Path) -> dict[str, Any]:
+    """Returns the data.json of a run: dataset, classes, fingerprint. Raises ValueError if it is missing or damaged."""
+    path = workdir / "data.json"
+    try:
+        content = parse_json(path.read_bytes(), str(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        content = {}
+    classes, texts = content.get("classes"), [content.get("dataset"), content.get("fingerprint")]
+    if not isinstance(classes, list) or not all(isinstance(text, str) for text in [*classes, *texts]):
+        raise ValueError(f"{path} is missing or damaged; delete it and rerun the command that trained the run")
+    return content
+
+
 def _to_tuples(value: Any) -> Any:
     return tuple(map(_to_tuples, value)) if isinstance(value, list) else value
 
 
-def _requirements(model: Metadata) -> Iterator[tuple[str, Any, bool, str]]:
-    """Yields (name, value, whether it is valid, valid values) of fields from an untrusted file.
-
-    Raises AttributeError, KeyError or TypeError for some values of the wrong type.
-    """
-    distinct = isinstance(model.classes, tuple) and len(set(model.classes)) == len(model.classes) > 1
-    yield (
-        "classes",
-        model.classes,
-        distinct and all(isinstance(c, str) for c in model.classes),
-        "two or more different names",
-    )
-    yield "input.size", model.input.size, _is_size(model.input.size), "height and width in pixels"
-    yield "stored", model.stored, model.stored is None or _is_size(model.stored), "height and width in pixels, or null"
-    for name, numbers in (("input.mean", model.input.mean), ("input.std", model.input.std)):
-        yield name, numbers, numbers is None or _are_numbers(numbers, 1, 3), "one number or three"
-    window = model.window
+def _requirements(model: Metadata) -> Iterator[tuple[str, bool, str]]:
+    """Yields (name, whether its value is valid, valid values). May raise AttributeError, KeyError or TypeError."""
+    classes, spec, window, pairs = model.classes, model.input, model.window, model.hu_windows
+    distinct = isinstance(classes, tuple) and len(set(classes)) == len(classes) > 1
+    yield "classes", distinct and all(isinstance(c, str) for c in classes), "two or more different names"
+    yield "input.size", _is_size(spec.size), "height and width in pixels"
+    yield "stored", model.stored is None or _is_size(model.stored), "height and width in pixels, or null"
+    yield "input.mean", spec.mean is None or _are_numbers(spec.mean, 1, 3), "one number or three"
+    yield "input.std", spec.std is None or _are_numbers(spec.std, 1, 3), "one number or three"
     increasing = window is None or (_are_numbers(window, 2) and window[0] < window[1])
-    yield "window", window, increasing, "two increasing numbers, or null"
-    pairs = model.hu_windows
+    yield "window", increasing, "two increasing numbers, or null"
     valid = isinstance(pairs, tuple) and all(_are_numbers(pair, 2) and pair[1] > 0 for pair in pairs)
-    yield "hu_windows", pairs, valid and len(pairs) in (1, 3), "one or three pairs of center and width"
+    yield "hu_windows", valid and len(pairs) in (1, 3), "one or three pairs of center and width"
     choices: dict[str, tuple[Any, ...]] = {
         "plane": ("axial", "coronal", "sagittal"), "position": ("all", "mid"), "orientation": ("standard", "rotated"),
         "modality": ("", "ct", "xray"), "box": ("", "body", "given"), "stage": ("", *STAGES),
-        "positive": (None, *range(len(model.classes))),
+        "positive": (None, *range(len(classes))),
     }  # fmt: skip
     for name, allowed in choices.items():
-        yield name, getattr(model, name), getattr(model, name) in allowed, ", ".join(map(repr, allowed))
-    yield "input.channels", model.input.channels, model.input.channels in (1, 3), "1 or 3"
-    positive = _are_numbers((model.temperature,), 1) and model.temperature > 0
-    yield "temperature", model.temperature, positive, "a number above zero"
-    for name in ("points", "scores", "counts", "patients", "about", "novelty"):
-        value = getattr(model, name)
-        yield name, value, isinstance(value, dict) or (name == "novelty" and value is None), "an object"
+        yield name, getattr(model, name) in allowed, ", ".join(map(repr, allowed))
+    yield "input.channels", spec.channels in (1, 3), "1 or 3"
+    yield "temperature", _are_numbers((model.temperature,), 1) and model.temperature > 0, "a number above zero"
+    for name in ("points", "scores", "counts", "patients", "about"):
+        yield name, isinstance(getattr(model, name), dict), "an object"
+    yield "novelty", model.novelty is None or isinstance(model.novelty, dict), "an object"
     points = [point for level in model.points.values() for rules in level.values() for point in rules.values()]
     valid = all(_are_numbers((point["threshold"],), 1) for point in points)
-    yield "points", model.points, valid, "LEVEL.CLASS.RULE, each with a numeric threshold"
+    yield "points", valid, "LEVEL.CLASS.RULE, each with a numeric threshold"
 
 
 def _are_numbers(values: Any, *counts: int) -> bool:

@@ -3,12 +3,16 @@
 import ast
 import dataclasses
 import json
+import math
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 from lungjax.config import presets
-from lungjax.config.schema import AugmentConfig, Config, fields_of, nearest
+from lungjax.config.schema import AugmentConfig, Config, fields_of, nearest, parse_json
+
+BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def override(config: Config, assignment: str) -> Config:
@@ -47,12 +51,8 @@ def parse(text: str, hint: Any, what: str) -> Any:
         hint = next(o for o in typing.get_args(hint) if o is not type(None))
     if hint is str:
         return text
-    if hint is bool:
-        if text.lower() in ("true", "yes", "1"):
-            return True
-        if text.lower() in ("false", "no", "0"):
-            return False
-        raise error
+    if hint is bool and text.lower() in BOOLS:
+        return BOOLS[text.lower()]
     if typing.get_origin(hint) is tuple:
         text = text.strip()
         if text[:1] + text[-1:] in ("()", "[]"):  # not inside the text: regular expressions contain brackets
@@ -68,12 +68,12 @@ def parse(text: str, hint: Any, what: str) -> Any:
         return tuple(parse(t, k, what) for t, k in zip(items, kinds, strict=True))
     try:
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+        number = hint(value)  # raises OverflowError for infinity as int, and for an int beyond float
+    except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
         raise error from None
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint is int and type(value) in (int, float) and value == int(value):
-        return int(value)
+    in_range = math.isfinite(number) if hint is float else -(2**63) <= number < 2**63  # seeds have 64 bits
+    if type(value) in (int, float) and in_range and (hint is float or number == value):
+        return number
     raise error
 
 
@@ -91,13 +91,16 @@ def to_json(config: Config) -> str:
     return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
 
 
-def from_json(text: str, where: str = "config.json") -> Config:
+def from_json(text: str | bytes, where: str = "config.json") -> Config:
     """Reads a `Config`. Raises ValueError naming `where` and the field for an unknown field or a wrong type."""
-    try:
-        tree = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    return typing.cast(Config, _build(Config, tree, where, ""))
+    return typing.cast(Config, _build(Config, parse_json(text, where), where, ""))
+
+
+def read(path: Path) -> Config:
+    """Reads a config.json. Raises ValueError if it is missing or invalid (see `from_json`)."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    return from_json(path.read_bytes(), str(path))
 
 
 def _build(section: Any, tree: Any, where: str, prefix: str) -> Any:

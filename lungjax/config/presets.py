@@ -9,10 +9,7 @@ from lungjax.config.schema import AugmentConfig, nearest
 
 
 def _ct_cov19(rotation: float, zoom: float, shift: float) -> AugmentConfig:
-    """Returns the augmentation of the CT-COV19 study: Keras layers with black fill.
-
-    The study gave the zoom as one negative number, which Keras takes as a range in both directions.
-    """
+    """Returns the CT-COV19 study's augmentation: Keras layers, whose single negative zoom means both directions."""
     return AugmentConfig(flip_horizontal=0.5, rotation=rotation, zoom=(-zoom, zoom), shift=(shift, shift))
 
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,20 +16,21 @@ STAGES = (
     "study_nobackg", "study_crop", "study_lungs_nocrop", "study_lungs", "features",
 )  # fmt: skip
 PROTOCOLS = ("clean", "study")
-FILLS = ("constant", "edge", "reflect")
-SAMPLINGS = ("natural", "balanced")
-POOLS = ("avg", "max", "flatten", "avg2x2_flatten", "class_map")  # "class_map": the classifier comes first
-NORMS = ("none", "batch", "layer", "group")
-OUTPUTS = ("softmax", "sigmoid")
-PADDINGS = ("valid", "same", "symmetric")
-ACTIVATIONS = ("relu", "hard_swish")
-DTYPES = ("float32", "bfloat16")
-OPTIMIZERS = ("adam", "adamw", "sgd", "rmsprop")
-SCHEDULES = ("constant", "cosine", "linear", "step")
-GRAYS = ("repeat", "fold", "slice")
-FROZEN_BATCH_NORMS = ("with_layer", "update", "frozen")
-ON_NAN = ("stop", "skip", "rewind")
-KEEPS = ("best", "last")
+# Allowed values of fields, by path.
+CHOICES = {
+    "data.protocol": PROTOCOLS, "input.crop": CROPS, "input.interpolation": INTERPOLATIONS, "input.channels": (1, 3),
+    "data.sampling": ("natural", "balanced"), "augment.fill": ("constant", "edge", "reflect"),
+    "model.dtype": ("float32", "bfloat16"), "model.padding": ("valid", "same", "symmetric"),
+    "model.gray": ("repeat", "fold", "slice"),
+    # With "class_map", the classifier comes before the pool.
+    "model.head.pool": ("avg", "max", "flatten", "avg2x2_flatten", "class_map"),
+    "model.head.norm_before_pool": ("none", "batch", "layer", "group"),
+    "model.head.norm_after_pool": ("none", "batch", "layer", "group"),
+    "model.head.activation": ("relu", "hard_swish"), "model.head.output": ("softmax", "sigmoid"),
+    "optim.name": ("adam", "adamw", "sgd", "rmsprop"), "optim.schedule": ("constant", "cosine", "linear", "step"),
+    "optim.frozen_batch_norm": ("with_layer", "update", "frozen"),
+    "train.on_nan": ("stop", "skip", "rewind"), "train.keep": ("best", "last"),
+}  # fmt: skip
 # Fields that lungjax/training/auto.py can choose, in this order: later ones depend on earlier ones.
 AUTO = (
     "model.weights", "optim.lr", "train.batch_size", "train.epochs", "input.size", "augment", "model.momentum",
@@ -65,7 +68,7 @@ class DataConfig:
     dataset: str = "phantom_ct"  # name[/config][-stage][-size] of a prepared data set
     # One of PROTOCOLS: splits by patient without near duplicates across splits, or the splits of the study.
     protocol: str = "clean"
-    sampling: str = "natural"  # one of SAMPLINGS; "balanced" samples all classes equally often
+    sampling: str = "natural"  # one of CHOICES; "balanced" samples all classes equally often
     # Cross-validation: images are split by patient into `folds` parts; part `fold` is test, the next one val.
     folds: int = 0  # 0 uses the splits of the data set
     fold: int = 0  # 0 to folds - 1
@@ -76,10 +79,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Augmentation of training images on the device, in the order of the fields; the defaults do nothing.
-
-    `lungjax.config.presets` has the studies' values; overrides of single fields may follow `--set=augment=covidnet_ct`.
-    """
+    """Augmentation of training images on the device, in the order of the fields; off by default; see `presets`."""
 
     exterior: float = 0.0  # probability: pixels outside the body become the mean of the dark ones among them
     # The geometric transforms are one warp to `size`.
@@ -92,7 +92,7 @@ class AugmentConfig:
     shear: float = 0.0  # maximum tangent each way, along x or along y
     shift: tuple[float, float] = (0.0, 0.0)  # maximum fractions of height and width each way
     box_jitter: float = 0.0  # maximum shift of each edge, as a fraction of the box's side; needs input.crop=box
-    fill: str = "constant"  # one of FILLS, for pixels outside the image
+    fill: str = "constant"  # one of CHOICES, for pixels outside the image
     fill_value: float = 0.0  # 0..255, for "constant"
     # Then intensities in 0..255, clipped to that range at the end.
     brightness: tuple[float, float] = (1.0, 1.0)  # factor of the image, drawn from this range
@@ -112,20 +112,17 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The layers after the last feature map: norm, pool, norm, dropout, hidden layers, dense.
+    """Norm, pool, norm, dropout, hidden layers and dense layer after the last map; None: as in the network's paper."""
 
-    None stands for the value in the network's original paper, which `models.build` fills in.
-    """
-
-    pool: str | None = None  # one of POOLS
-    # One of NORMS; ReLU follows batch and group (pre-activation networks), not layer (Keras's ConvNeXt without top).
+    pool: str | None = None  # one of CHOICES
+    # One of CHOICES; ReLU follows batch and group (pre-activation networks), not layer (Keras's ConvNeXt without top).
     norm_before_pool: str | None = None
-    norm_after_pool: str | None = None  # one of NORMS (ConvNeXt: layer)
+    norm_after_pool: str | None = None  # one of CHOICES (ConvNeXt: layer)
     hidden: tuple[int, ...] | None = None  # widths of dense layers before the last one
-    activation: str | None = None  # one of ACTIVATIONS, after each hidden layer
+    activation: str | None = None  # one of CHOICES, after each hidden layer
     hidden_dropout: float | None = None  # after each hidden layer, 0..1
     dropout: float | None = None  # right after the pool (and its norm), 0..1
-    output: str | None = None  # one of OUTPUTS; "sigmoid" is one logit for two classes
+    output: str | None = None  # one of CHOICES; "sigmoid" is one logit for two classes
     positive_class: str = ""  # with sigmoid: the class whose probability the logit gives
     zero_init: bool | None = None  # start the last kernel at zero
 
@@ -140,15 +137,15 @@ class ModelConfig:
     # "meanvar:" and any of these: random, with each tensor's mean and variance.
     weights: str = "none"
     noncommercial: bool = False  # True accepts weights whose license forbids commercial use
-    gray: str = "repeat"  # one of GRAYS: how gray images are used with weights for three channels
-    padding: str | None = None  # one of PADDINGS, for networks without a fixed one; weights may require one
+    gray: str = "repeat"  # one of CHOICES: how gray images are used with weights for three channels
+    padding: str | None = None  # one of CHOICES, for networks without a fixed one; weights may require one
     epsilon: float | None = None  # of the norms, for networks without a fixed one; weights may require one
     # Decay of BatchNorm's running statistics per step; ignored without BatchNorm. The published 0.99 or 0.999 is too
     # slow for fine-tuning in some hundred steps.
     momentum: float | None = None
     drop_path: float | None = None  # stochastic depth of the last block, 0..1
     dropout: float | None = None  # after each block of the small CNNs (cbr_*, simple, xray_cnn), 0..1; see head.dropout
-    # Of the computation, one of DTYPES; parameters, statistics, pooling and logits remain float32. None is bfloat16 on
+    # Of the computation, one of CHOICES; parameters, statistics, pooling and logits remain float32. None is bfloat16 on
     # GPU and TPU, and float32 on the CPU.
     dtype: str | None = None
     head: HeadConfig = field(default_factory=HeadConfig)  # layers after the last feature map
@@ -158,9 +155,9 @@ class ModelConfig:
 class OptimConfig:
     """Loss, optimizer and schedule."""
 
-    name: str = "adam"  # one of OPTIMIZERS
+    name: str = "adam"  # one of CHOICES
     lr: float = 1e-3  # peak learning rate
-    schedule: str = "constant"  # one of SCHEDULES, after the warm-up
+    schedule: str = "constant"  # one of CHOICES, after the warm-up
     warmup_steps: int = 0  # linear from lr / warmup_steps
     end_factor: float = 0.0  # cosine and linear end at lr * end_factor
     schedule_steps: int = 0  # length of the schedule; 0 is that of the run
@@ -180,7 +177,7 @@ class OptimConfig:
     # Trained layers: "all", "head", "blocks:K" or "stages:K" (the last K and everything after them). Frozen parameters
     # cost neither gradients nor optimizer memory.
     tune: str = "all"
-    # One of FROZEN_BATCH_NORMS: which BatchNorms use running statistics in training and do not update them, those of
+    # One of CHOICES: which BatchNorms use running statistics in training and do not update them, those of
     # frozen layers ("with_layer", as in Keras), none ("update") or all ("frozen").
     frozen_batch_norm: str = "with_layer"
     freeze: str = ""  # regex of parameter paths that are also frozen, such as "^stem"
@@ -197,7 +194,7 @@ class TrainConfig:
     fraction: float = 1.0  # of training patients to use, for learning curves
     eval_steps: int = 0  # steps between validations; 0 is once per epoch
     save_steps: int = 0  # steps between checkpoints; 0 is at each validation
-    # One of ON_NAN, for a non-finite loss or gradient. "stop" saves the state before it; "skip" skips that step, which
+    # One of CHOICES, for a non-finite loss or gradient. "stop" saves the state before it; "skip" skips that step, which
     # the schedule does not count; "rewind" returns to the last checkpoint and continues after the bad batch.
     on_nan: str = "stop"
     log_steps: int = 10  # steps between lines of metrics.jsonl
@@ -205,7 +202,7 @@ class TrainConfig:
     monitor: str = "slice.auc_macro"  # validation metric that selects the best weights
     maximize: bool = True  # False if smaller is better, as for "slice.loss"
     patience: int = 0  # validations without improvement before stopping; 0 never stops early
-    keep: str = "best"  # one of KEEPS: test the best weights by `monitor`, or those of the last step
+    keep: str = "best"  # one of CHOICES: test the best weights by `monitor`, or those of the last step
     accumulate: int = 1  # micro-batches per step; BatchNorm statistics are then per micro-batch
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
     tensorboard: bool = False  # also write metrics, configuration and figures as TensorBoard events (extra tensorboard)
@@ -255,6 +252,28 @@ class Config:
     # Fields from AUTO that the run chooses from the number of training images; `--set` of a field removes it from here.
     # --compile_for uses their values in this configuration.
     auto: tuple[str, ...] = ()
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """Reads a JSON object. Raises ValueError, naming `where`, for other text, NaN, infinity and 65-bit integers."""
+
+    def finite(digits: str) -> float:
+        if not math.isfinite(value := float(digits)):
+            raise ValueError(f"{digits:.20} is not a finite number")
+        return value
+
+    def int64(digits: str) -> int:
+        if not -(2**63) <= (value := int(digits)) < 2**63:
+            raise ValueError(f"{digits:.20} has more than 64 bits")
+        return value
+
+    try:
+        tree = json.loads(text, parse_constant=finite, parse_float=finite, parse_int=int64)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{where}: should be a JSON object, got {tree!r:.80}")
+    return tree
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

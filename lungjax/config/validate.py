@@ -3,15 +3,6 @@
 from lungjax.config import schema
 from lungjax.config.schema import Config, fields_of
 
-CHOICES = {
-    "data.protocol": schema.PROTOCOLS, "augment.fill": schema.FILLS, "input.crop": schema.CROPS,
-    "input.interpolation": schema.INTERPOLATIONS, "data.sampling": schema.SAMPLINGS, "model.dtype": schema.DTYPES,
-    "model.padding": schema.PADDINGS, "optim.name": schema.OPTIMIZERS, "optim.schedule": schema.SCHEDULES,
-    "input.channels": (1, 3), "model.head.pool": schema.POOLS, "model.head.norm_before_pool": schema.NORMS,
-    "model.head.norm_after_pool": schema.NORMS, "model.head.output": schema.OUTPUTS,
-    "model.head.activation": schema.ACTIVATIONS, "model.gray": schema.GRAYS,
-    "optim.frozen_batch_norm": schema.FROZEN_BATCH_NORMS, "train.on_nan": schema.ON_NAN, "train.keep": schema.KEEPS,
-}  # fmt: skip
 POSITIVE = (
     "train.batch_size", "train.log_steps", "train.accumulate", "optim.lr", "data.prefetch", "optim.eps",
     "model.epsilon", "input.size", "input.std",
@@ -70,7 +61,7 @@ def _check_splits(config: Config) -> None:
 def check(config: Config) -> None:
     """Raises ValueError for the first invalid field."""
     leaves = fields_of(config)
-    for path, allowed in CHOICES.items():
+    for path, allowed in schema.CHOICES.items():
         if leaves[path] is not None and leaves[path] not in allowed:
             raise ValueError(f"{path}={leaves[path]!r}: expected {', '.join(map(str, allowed))}")
     for paths, valid, requirement in (

@@ -96,10 +96,7 @@ def augment(
 
 
 def _exclude_exterior(images: jax.Array, body: jax.Array | None) -> jax.Array:
-    """Sets non-black pixels outside the body to the mean of the dark ones among them, as in COVIDNet-CT.
-
-    The threshold for dark pixels is the mean of all non-black pixels, whereas COVIDNet-CT uses Otsu's method.
-    """
+    """Sets lit pixels outside the body to the mean of the dark ones, as COVIDNet-CT (there below Otsu's threshold)."""
     assert body is not None
     x = images.astype(jnp.float32)
 

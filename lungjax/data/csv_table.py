@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lungjax.config import nearest
+from lungjax.data.folder_walk import check_regular
 
 DELIMITERS = ",;\t"
 
@@ -23,8 +24,10 @@ def read_table(path: Path, required: Iterable[str] = ()) -> Table:
 
     The delimiter is the most frequent one outside quotes in the first line, which may also be Excel's "sep=;". Raises
     ValueError with the line number for a column of `required` that is missing or repeated, a row that does not match
-    the header, malformed CSV, text that is not UTF-8, and a file without rows; OSError for an unreadable file.
+    the header, malformed CSV, text that is not UTF-8, a file without rows, and a device or pipe; OSError for an
+    unreadable file.
     """
+    check_regular(path)
     with path.open(newline="", encoding="utf-8-sig") as file:
         try:
             first = file.readline()

@@ -180,10 +180,7 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _align(fixed: np.ndarray, moving: np.ndarray) -> np.ndarray:
-    """Returns `moving` [B, 64, 64] shifted and stretched along both axes to fit `fixed`.
-
-    Lucas & Kanade (1981), coarse to fine. The axes are independent, so the warp is a product with two matrices.
-    """
+    """Returns `moving` [B, 64, 64] shifted and stretched along each axis to fit `fixed` (Lucas & Kanade, 1981)."""
     scale = (np.arange(SIDE, dtype=np.float32) - (SIDE - 1) / 2) / (SIDE / 2)  # -1..1
     move = np.zeros((len(fixed), 4), np.float32)  # down, stretch down, across, stretch across, in pixels
     warped = moving

@@ -22,7 +22,6 @@ def apply(data: Prepared, config: Config) -> Prepared:
     Folds divide the images of the clean protocol by patient; patients linked by near duplicates count as one. Fold
     `data.fold` is test, the next one val, the rest train. With `train.fraction`, only that fraction of the train
     patients of each class remains; smaller fractions are subsets of larger ones. Name and fingerprint are unchanged.
-
     Raises ValueError for folds with the study protocol, and if a fold would lack a class.
     """
     if config.data.folds:
@@ -80,10 +79,7 @@ def _fill_parts(place: np.ndarray, images: np.ndarray, count: int) -> np.ndarray
 
 
 def linked_groups(data: Prepared, rows: np.ndarray) -> np.ndarray:
-    """Returns the group of each of `rows`, str [n]; groups linked by duplicates get the first of their names.
-
-    Exact copies (`pixels`) link groups; near duplicates link them if both images, or copies of them, are in `rows`.
-    """
+    """Returns the groups of `rows`, str [n]; those linked by copies or near duplicates in `rows` get one name."""
     names, group = np.unique(data.columns["group"][rows], return_inverse=True)
     pixels = data.columns.get("pixels", data.columns["file"])
     pictures, picture = np.unique(pixels[rows], return_inverse=True)

@@ -3,7 +3,7 @@
 Leaks in a study's splits are only counted. The clean protocol removes images until its splits share no patient or copy.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -90,9 +90,8 @@ def leaks(data: Prepared) -> dict[str, dict[str, int]]:
     return result
 
 
-def leak_notes(leaks: Mapping[str, Mapping[str, int]], of: str, group_name: str) -> list[str]:
-    """Returns one line per split in the result of `leaks`; `of` names the splits."""
-    notes = []
+def leak_notes(leaks: Mapping[str, Mapping[str, int]], of: str, group_name: str) -> Iterator[str]:
+    """Yields one line per split in the result of `leaks`; `of` names the splits."""
     for split, counts in leaks.items():
         exact, near, shared = (counts[f"{k}_in_train"] for k in ("exact_twin", "near_twin", "group"))
         text = (
@@ -100,8 +99,7 @@ def leak_notes(leaks: Mapping[str, Mapping[str, int]], of: str, group_name: str)
             f"near duplicates: {near:,}; shared {group_name}: {shared:,})"
         )
         in_val = counts.get("exact_twin_in_val")
-        notes.append(text + (f"; exact copies in val: {in_val:,}" if in_val else ""))
-    return notes
+        yield text + (f"; exact copies in val: {in_val:,}" if in_val else "")
 
 
 def cross(a: Prepared, b: Prepared, a_rows: Rows = slice(None), b_rows: Rows = slice(None)) -> dict[str, Any]:

@@ -142,8 +142,8 @@ def train_batches(
 
 
 def _begin_worker(*_: int) -> None:
-    # Ctrl-C and SIGTERM of a scheduler reach the process group, but the run needs batches until it has saved.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    # These signals reach the process group, but the run needs batches until it has saved.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     environment.exit_with_parent()
 
@@ -151,10 +151,7 @@ def _begin_worker(*_: int) -> None:
 def eval_batches(
     data: Prepared, rows: np.ndarray, config: Config, size: int, *, host: int = 0, hosts: int = 1
 ) -> Iterator[Batch]:
-    """Yields this host's part of batches of `size`, as `image` and `row` [b]; each of `rows` occurs exactly once.
-
-    The last batch is padded with black images, whose row is -1.
-    """
+    """Yields this host's part of batches of `size`, `image` and `row` [b], each of `rows` once; padding has row -1."""
     reader = Reader(data, config.input)
     padded = pad_batch(rows, len(rows) + -len(rows) % size, -1)
     empty = np.zeros((*config.input.size, config.input.channels), np.uint8)

@@ -8,7 +8,6 @@ import contextlib
 import hashlib
 import io
 import json
-import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,9 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from lungjax.config.schema import parse_json
 from lungjax.data import splits
+from lungjax.data.imaging import images
 from lungjax.runtime.files import atomic_file
 
 SPLITS = splits.SPLITS
@@ -31,6 +32,10 @@ SLICES = "slices"  # the only TFDS split; train, val and test are in the index
 VERSION = "3.0.0"  # of the format of a prepared directory
 BODY_SIDE = 128  # rows and columns of stored body masks, regardless of the image size
 INDEX = "index.npz"
+INFO = "lungjax.json"
+OLD = ".old"  # suffix of a directory that is being replaced, see `staging.publish`
+ADVICE = "prepare the data set again with --overwrite, or restore a copy"
+SAMPLE = 32  # records that are compared with the index when a data set is opened; one in eight is decoded
 COLUMN = "column/"  # prefix of their names in the index
 
 
@@ -75,8 +80,10 @@ class Prepared:
 
 
 def directory(data_dir: Path, name: str) -> Path:
-    """Returns the directory of a data set, such as "covidx_ct/3a"."""
-    return data_dir / name / VERSION
+    """Returns the directory of a data set, such as "covidx_ct/3a"; the old one, if a kill interrupted replacing it."""
+    final = data_dir / name / VERSION
+    old = final.with_name(VERSION + OLD)
+    return old if old.is_dir() and not final.exists() else final
 
 
 def is_prepared(directory: Path) -> bool:
@@ -87,27 +94,66 @@ def is_prepared(directory: Path) -> bool:
 def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
     """Opens the prepared data set in `directory`, with the splits of `protocol`.
 
-    Raises ValueError if the data set lacks requested study splits, or has a damaged or incomplete index.
+    Raises ValueError if the data set lacks requested study splits, or if its files are damaged or do not match.
     """
-    info = json.loads((directory / "lungjax.json").read_text("utf-8"))
-    if protocol == "study" and not info["study"]:
+    with damage(directory / INFO):
+        info = parse_json((directory / INFO).read_bytes(), INFO)
+        classes, (low, high) = tuple(map(str, info["classes"])), map(float, info["window"] or (0, 1))
+        study, body, volumes, modality = info["study"], bool(info["body"]), info["volumes"], str(info["modality"])
+        modified = bool(info["stage"] or info["size"])
+        if low >= high or not isinstance(study, str) or not isinstance(volumes, dict | None):
+            raise ValueError("a field has an invalid value")
+    if protocol == "study" and not study:
         raise ValueError(f"data.protocol=study: {name} has no original splits; use clean")
-    try:
+    with damage(directory / INDEX):
         with np.load(directory / INDEX) as file:
             columns = {key.removeprefix(COLUMN): file[key] for key in file}
-    except (zipfile.BadZipFile, EOFError) as error:
-        raise ValueError(f"{directory / INDEX} is damaged ({error}); copy or prepare the data set again") from None
-    near, records = columns.pop("near"), open_records(directory)
-    if len(records) != (count := len(columns["label"])):
-        raise ValueError(f"{directory}: {count} rows but {len(records)} records; prepare it again with --overwrite")
-    window = tuple(info["window"]) if info["window"] else None
-    common = name, tuple(info["classes"]), columns, records, window, fingerprint(directory), protocol
-    return Prepared(*common, info["body"], info["volumes"], info["modality"], near=near)
+        near, rows = columns.pop("near"), len(columns["label"])
+        if {len(columns[key]) for key in [*COLUMNS, *columns]} != {rows}:
+            raise ValueError("its columns have different lengths")
+        if columns["label"].min() < 0 or columns["label"].max() >= len(classes):
+            raise ValueError(f"its labels exceed the {len(classes)} classes of {INFO}")
+    with damage(directory):
+        records = open_records(directory)
+        if len(records) != rows:
+            raise ValueError(f"{rows} rows but {len(records)} records")
+    _check_sample(directory, columns, records, modified)
+    window = (low, high) if info["window"] else None
+    common = name, classes, columns, records, window, fingerprint(directory), protocol
+    return Prepared(*common, body, volumes, modality, near=near)
+
+
+@contextlib.contextmanager
+def damage(path: Path) -> Iterator[None]:
+    """Turns any error of a block that reads `path`, a part of a prepared data set, into ValueError with the remedy."""
+    try:
+        yield
+    except Exception as error:  # zipfile, zlib, TFDS and array_record have many types
+        reason = " ".join(str(error).split()) or repr(error)
+        raise ValueError(f"{path} is damaged or missing ({reason:.200}); {ADVICE}") from error
+
+
+def _check_sample(directory: Path, columns: Mapping[str, np.ndarray], records: Any, modified: bool) -> None:
+    """Raises ValueError if a few records differ from the index; `modified` images have a stage or another size.
+
+    The fingerprint does not cover the records, and training assumes that record i is row i of the index.
+    """
+    for number, row in enumerate(np.unique(np.linspace(0, len(columns["label"]) - 1, SAMPLE).astype(int)).tolist()):
+        record = records[row]
+        same = all(record[key].decode() == columns[key][row] for key in ("file", "group", "source"))
+        if same and number % 8 == 0:
+            with damage(directory):
+                array, form = images.read(record["image"])
+            same = array.shape[:2] == (columns["height"][row], columns["width"][row])
+            if not modified and form == "PNG" and array.dtype == np.uint8:  # JPEG decoders may differ
+                same &= images.digest(array) == columns["pixels"][row]
+        if not same:
+            raise ValueError(f"{directory}: record {row} does not match row {row} of {INDEX}; {ADVICE}")
 
 
 def fingerprint(directory: Path) -> str:
     """Returns a hex digest of a prepared data set, without opening its records."""
-    digest = hashlib.sha256((directory / "lungjax.json").read_bytes())
+    digest = hashlib.sha256((directory / INFO).read_bytes())
     digest.update((directory / INDEX).read_bytes())
     return digest.hexdigest()
 
@@ -119,27 +165,29 @@ class Records:
     names. TFDS would decode every feature, which takes as long as decoding a small image.
     """
 
-    def __init__(self, source: Any):
+    def __init__(self, source: Any, directory: Path):
         # Imported here, in the main thread of a worker, since two threads that import TFDS at once deadlock.
         from tensorflow_datasets.proto import tf_example_pb2
 
         self._source = source  # source[row] is a serialized tf.train.Example
+        self._directory = directory
         self._parse = tf_example_pb2.Example.FromString
 
     def __reduce__(self) -> Any:
-        """Pickles only the data source."""
-        return Records, (self._source,)
+        """Pickles only the data source and its directory."""
+        return Records, (self._source, self._directory)
 
     def __len__(self) -> int:
         """Returns the number of images."""
         return len(self._source)
 
     def __getitem__(self, row: int) -> dict[str, bytes]:
-        """Returns a record. Raises IndexError for an invalid row."""
+        """Returns a record. Raises IndexError for an invalid row, and ValueError for a damaged record."""
         if not 0 <= row < len(self._source):
             raise IndexError(f"record {row} is out of range for {len(self._source)} records")
-        features = self._parse(self._source[row]).features.feature
-        return {name: features[name].bytes_list.value[0] for name in ("image", "body", "file", "group", "source")}
+        with damage(self._directory):
+            features = self._parse(self._source[row]).features.feature
+            return {name: features[name].bytes_list.value[0] for name in ("image", "body", "file", "group", "source")}
 
 
 def open_records(directory: Path) -> Records:
@@ -149,7 +197,7 @@ def open_records(directory: Path) -> Records:
     with quiet_tfds():
         builder = tfds.builder_from_directory(directory)
         source = builder.as_data_source(split=SLICES, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
-    return Records(source.data_source)
+    return Records(source.data_source, directory)
 
 
 @contextlib.contextmanager
@@ -169,7 +217,7 @@ def write_index(directory: Path, info: Mapping[str, Any], columns: Mapping[str, 
 
     `info` has name, classes, window, study (a description of protocol=study), stage, size, body, modality, and volumes.
     """
-    (directory / "lungjax.json").write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (directory / INFO).write_text(json.dumps(info, indent=2, ensure_ascii=False) + "\n", "utf-8")
     arrays: Any = {"near": near} | {COLUMN + name: values for name, values in columns.items()}
     with atomic_file(directory / INDEX) as partial:
         np.savez_compressed(partial, **arrays)

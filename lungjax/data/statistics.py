@@ -1,6 +1,7 @@
 """Statistics of a prepared data set: counts per value, shortcut baselines, duplicates, samples."""
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,10 +32,9 @@ def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: n
 
 
 def guess(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> float | None:
-    """Returns the mean recall on `test` of a guess from `keys` alone; None if train or test lacks a class.
+    """Returns the mean recall on `test` of a guess from `keys` alone (see `frequencies`); None if a class is missing.
 
-    The guess is the class with the largest share of its train images under this key, or random for ties and for keys
-    that train lacks. The arguments are those of `frequencies`.
+    The guess is the class with the largest share of its train images under this key, or random if tied or unknown.
     """
     if min(len(np.unique(labels[train])), len(np.unique(labels[test]))) < classes:
         return None
@@ -59,24 +59,23 @@ def shortcuts(data: Prepared) -> dict[str, float | None]:
 
 
 def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generator) -> list[int]:
-    """Draws at most `count` of `rows`, alternating sources.
-
-    No group is drawn from twice until every other group of its source has been drawn from.
-    """
+    """Draws up to `count` of `rows` from alternating sources; a group repeats only after all groups of its source."""
     rows = rng.permutation(rows)
     sources, groups = data.columns["source"][rows], data.columns["group"][rows]
     repeated = np.ones(len(rows), bool)
     repeated[np.unique(groups, return_index=True)[1]] = False
     order = np.argsort(repeated, kind="stable")
     lines = [rows[order][sources[order] == s][:count].tolist() for s in rng.permutation(np.unique(sources))]
-    return [row for turn in itertools.zip_longest(*lines) for row in turn if row is not None][:count]
+    return take_turns(lines, count)
+
+
+def take_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
+    """Returns the first element of each list, then the second ones, and so on; at most `count`."""
+    return [item for turn in itertools.zip_longest(*lists) for item in turn if item is not None][:count]
 
 
 def copies(data: Prepared) -> np.ndarray:
-    """Returns pairs of exact copies as rows, int64 [P, 2], each the first of a set of copies and another image of it.
-
-    The first image of a set is in a split of the protocol if any image of the set is.
-    """
+    """Returns pairs of exact copies, int64 [P, 2]: the first of a set (in a split, if any is) and another image."""
     _, member, count = np.unique(data.columns["pixels"], return_inverse=True, return_counts=True)
     rows = np.flatnonzero(count[member] > 1)
     rows = rows[np.lexsort((rows, cells(data)[rows] == "", member[rows]))]

@@ -2,17 +2,19 @@
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lungjax.data import leakage, statistics
+from lungjax.config.schema import parse_json
+from lungjax.data import leakage, prepared, statistics
 from lungjax.data.prepared import Prepared
 from lungjax.data.splits import SPLITS
 
+FILE = "summary.json"
 MAX_IMBALANCE = 50  # train images of the most frequent class per image of the rarest
 MIN_SIDE = 112  # pixels, half of a usual network input
 MAX_NAMES = 20  # listed images and pairs; the counts are complete
@@ -27,10 +29,7 @@ def summarize(
     group_name: str,
     warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Returns the summary of a data set: counts, sizes, warnings, and copies with their effect on each protocol.
-
-    `info` is the content of lungjax.json; `warnings` are added to those of this function.
-    """
+    """Returns the summary of a data set; `info` is the content of lungjax.json, `warnings` precede its own warnings."""
     columns, classes = data.columns, data.classes
     width, height = columns["width"], columns["height"]
     sizes, of_size = _count(data, np.column_stack([width, height]))
@@ -50,7 +49,7 @@ def summarize(
         "study": info["study"],
         "stage": info["stage"],
         "size": info["size"],
-        "protocols": {name: _split_counts(view) for name, view in protocols.items()},
+        "protocols": {name: split_counts(view) for name, view in protocols.items()},
         "sources": {
             source: {name: n for name, n in zip(classes, counts, strict=True) if n}
             for source, counts in sorted(zip(sources.tolist(), of_source.tolist(), strict=True))
@@ -86,7 +85,7 @@ def _count(data: Prepared, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return statistics.count_values(values, data.columns["label"], len(data.classes))
 
 
-def _split_counts(data: Prepared) -> dict[str, dict[str, dict[str, int]]]:
+def split_counts(data: Prepared) -> dict[str, dict[str, dict[str, int]]]:
     """Returns {split: {"images": {class: count}, "groups": {class: count}}} of the splits that are not empty."""
     result = {}
     for split in SPLITS:
@@ -110,10 +109,7 @@ def _pixel_statistics(data: Prepared) -> dict[str, float]:
 
 
 def _worst_pairs(data: Prepared) -> list[str]:
-    """Returns at most MAX_NAMES pairs such as "a.png (test, COVID) = b.png (train, Normal)", worst first.
-
-    "=" joins exact copies (one pair per set of copies), "~" near duplicates. Images in no split are omitted.
-    """
+    """Returns up to MAX_NAMES pairs, worst first: "a.png (test, COVID) = b.png (train, Normal)"; "~" if only near."""
     cells, columns = statistics.cells(data), data.columns
     pairs = np.concatenate([statistics.copies(data), data.near])
     pairs = statistics.worst_first(pairs[(cells[pairs] != "").all(axis=1)], data)[0]
@@ -129,39 +125,37 @@ def _worst_pairs(data: Prepared) -> list[str]:
     return lines
 
 
-def _warnings(result: dict[str, Any]) -> list[str]:
-    warnings = []
+def _warnings(result: dict[str, Any]) -> Iterator[str]:
     for split, leaks in result["twins"]["leaks"].get("study", {}).items():
         if leaks["any"]:
             share = f"{leaks['any']} of {leaks['images']}"
-            warnings.append(f"protocol=study: {share} {split} images leak from train, so its scores are too high")
+            yield f"protocol=study: {share} {split} images leak from train, so its scores are too high"
     if conflicting := result["duplicates"]["sets_with_several_labels"]:
-        warnings.append(f"{conflicting} sets of identical images have conflicting labels")
+        yield f"{conflicting} sets of identical images have conflicting labels"
     if result["unstaged"]:
-        warnings.append(f"images without a detected body or lung: {len(result['unstaged'])}")
+        yield f"images without a detected body or lung: {len(result['unstaged'])}"
     if result["skipped"]:
-        warnings.append(f"skipped images: {len(result['skipped'])}")
+        yield f"skipped images: {len(result['skipped'])}"
     given = result["protocols"]["clean"]
     for split in SPLITS if set(given) != {"test"} else ("test",):
         counts = given.get(split, {"images": {}})["images"]
         if empty := [c for c in result["classes"] if not counts.get(c)]:
-            warnings.append(f"the {split} split has no images labeled {', '.join(empty)}")
+            yield f"the {split} split has no images labeled {', '.join(empty)}"
         if single := [c for c in result["classes"] if counts.get(c) == 1 and split != "train"]:
-            warnings.append(f"the {split} split has a single image labeled {', '.join(single)}: its scores say little")
+            yield f"the {split} split has a single image labeled {', '.join(single)}: its scores say little"
         least, most = min(counts.values(), default=0), max(counts.values(), default=0)
         if split == "train" and least and most >= MAX_IMBALANCE * least:
             rare, frequent = (next(c for c, n in counts.items() if n == count) for count in (least, most))
-            warnings.append(f"the train split is imbalanced: {least:,} images of {rare}, {most:,} of {frequent}")
+            yield f"the train split is imbalanced: {least:,} images of {rare}, {most:,} of {frequent}"
     width, height = (result["sizes"][side][1] for side in ("width", "height"))
     if max(width, height) < MIN_SIDE and not result["size"]:
         size = f"a median of {width} x {height} pixels"
-        warnings.append(f"small images, {size}: use the originals, or an input.size below 224 x 224")
+        yield f"small images, {size}: use the originals, or an input.size below 224 x 224"
     for name in result["classes"] if len(result["sources"]) > 1 else ():
         single = [source or "(none)" for source, counts in result["sources"].items() if list(counts) == [name]]
         names = f"{', '.join(single[:MAX_NAMES])}{', ...' if len(single) > MAX_NAMES else ''}"
         if single:
-            warnings.append(f"sources with images of {name} only ({len(single)}), see scores per source: {names}")
-    return warnings
+            yield f"sources with images of {name} only ({len(single)}), see scores per source: {names}"
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -223,5 +217,11 @@ def _table(head: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
 
 def write(result: dict[str, Any], directory: Path) -> None:
     """Writes summary.json and summary.md into `directory`."""
-    (directory / "summary.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    (directory / FILE).write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", "utf-8")
     (directory / "summary.md").write_text(markdown(result), "utf-8")
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """Returns the summary of a prepared data set. Raises ValueError if summary.json is missing or damaged."""
+    with prepared.damage(directory / FILE):
+        return parse_json((directory / FILE).read_bytes(), FILE)

@@ -6,7 +6,6 @@ Each data set has a module with `ABOUT` and `listing(source, config, options)`, 
 import contextlib
 import difflib
 import importlib
-import json
 import os
 import re
 import secrets
@@ -19,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from lungjax.config import STAGES, nearest
-from lungjax.data import prepared
+from lungjax.data import prepared, summary
+from lungjax.data.imaging.limits import DEFAULT, Limits
 from lungjax.data.prepared import Prepared
 from lungjax.datasets.listing import About
 
@@ -58,7 +58,7 @@ DATASETS: dict[str, Dataset] = {
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """The user's options for listing a data set; all except `seed` apply only to `folder`."""
+    """The user's options for listing a data set; all except `seed` and `limits` apply only to `folder`."""
 
     seed: int = 0  # of new splits and synthetic data sets
     source_pattern: str = ""  # regex, searched in the file name; its first group is the source
@@ -70,11 +70,12 @@ class PrepareOptions:
     plane: str = "axial"  # or coronal, sagittal
     position: str = "all"  # every slice of a volume, or "mid": the middle one
     salt: str = ""  # of the hashes of patient ids
+    limits: Limits = DEFAULT  # of a file; for every data set
 
     def folder_flags(self) -> list[str]:
         """Returns the flags for `folder` whose values differ from the defaults."""
         default = PrepareOptions()
-        names = [f.name for f in fields(self) if f.name not in ("seed", "salt")]
+        names = [f.name for f in fields(self) if f.name not in ("seed", "salt", "limits")]
         changed = [name for name in names if getattr(self, name) != getattr(default, name)]
         return [f"--{'hu_window' if name == 'hu_windows' else name}" for name in changed]
 
@@ -99,10 +100,7 @@ class DatasetName:
 
 
 def resolve(name: str) -> tuple[DatasetName, Dataset]:
-    """Returns the parts of a name such as "covidx_ct", "covidx_ct/3a-224" or "ct_cov19/lungs", and its registry entry.
-
-    Raises ValueError for an unknown data set, configuration or stage, with the nearest names.
-    """
+    """Returns the parts and the registry entry of a name such as "covidx_ct/3a-224". Raises ValueError if unknown."""
     base, _, rest = name.partition("/")
     if base not in DATASETS:
         raise ValueError(f"unknown data set {base!r}; {nearest(base, DATASETS)}")
@@ -136,10 +134,9 @@ def about(base: str) -> About:
 
 def describe(data: Prepared, data_dir: Path) -> dict[str, Any]:
     """Returns the `summary` of a prepared data set (None if missing) and its `about` (None for a user's folder)."""
-    file = prepared.directory(Path(data_dir), data.name) / "summary.json"
-    base = resolve(data.name)[0].base
+    folder, base = prepared.directory(Path(data_dir), data.name), resolve(data.name)[0].base
     return {
-        "summary": json.loads(file.read_text("utf-8")) if file.exists() else None,
+        "summary": summary.read(folder) if (folder / summary.FILE).exists() else None,
         "about": None if base == "folder" else vars(about(base)),
     }
 
@@ -176,15 +173,14 @@ def help_text(name: str) -> str:
 
 
 def open_dataset(name: str, data_dir: str | Path, protocol: str = "clean") -> Prepared:
-    """Opens a prepared data set; a synthetic one is generated on first use.
-
-    Raises ValueError for an unknown name or protocol, and, with the command, for a data set that is not prepared.
-    """
+    """Opens a prepared data set, or generates a synthetic one. Raises ValueError with the command to prepare it."""
     parts, entry = resolve(name)
     folder = prepared.directory(Path(data_dir), parts.full)
     if not prepared.is_prepared(folder) and entry.synthetic:
         write(parts.full, None, Path(data_dir), PrepareOptions(), keep=True, quiet=True)
     if prepared.is_prepared(folder):
+        if (folder / summary.FILE).exists():
+            summary.read(folder)  # raises ValueError for a damaged file now, not after the training
         return prepared.load(folder, parts.full, protocol)
     command = f"python -m lungjax.prepare --dataset={parts.full} --source=FOLDER --data_dir={data_dir}"
     raise ValueError(f"data set {parts.full} is not prepared in {data_dir}. Get {_origin(parts.base)}. Then: {command}")
@@ -229,7 +225,8 @@ def write(name: str, source: Path | None, data_dir: Path, options: PrepareOption
         options = replace(options, salt=_salt(data_dir))
     listing = _module(parts.base).listing(source, parts.config, options)
     listing = replace(listing, modality=entry.modality or listing.modality)
-    return writer.prepare(parts.full, listing, data_dir, stage=parts.stage, size=parts.size, **settings)
+    settings |= {"stage": parts.stage, "size": parts.size, "limits": options.limits}
+    return writer.prepare(parts.full, listing, data_dir, **settings)
 
 
 def lookup(name: str, source: Path | None, data_dir: Path, options: PrepareOptions) -> list[str]:

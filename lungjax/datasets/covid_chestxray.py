@@ -34,10 +34,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the frontal X-rays of the repository `source`; `config` is "covid" or "findings".
-
-    Raises ValueError for a missing metadata.csv or column, an invalid row, or a file named twice.
-    """
+    """Lists the frontal X-rays in `source`. Raises ValueError for a missing table or column, or an invalid row."""
     table = files.find(source, ("metadata.csv", "covid-chestxray-dataset/metadata.csv"), "metadata.csv")
     listed, skipped = [], Counter[str]()
     for where, row in read_table(table, COLUMNS + EXTRA).rows:

@@ -47,10 +47,7 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the X-rays of the archive or repository `source`; "oversampled" adds the study's generated images.
-
-    Raises ValueError if the folder of a split or class has no images or is missing; then lists the names tried.
-    """
+    """Lists the X-rays in `source`; "oversampled" adds generated ones. Raises ValueError for a class without images."""
     listed, generated = [], 0
     for split, study in (("train", "train"), ("test", "val+test")):
         folder = files.find(source, [f"{root}{split}/" for root in ROOTS], f"{split} folder")
@@ -80,10 +77,9 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
 def generate(
     array: np.ndarray, angle: float, shear: float, zoom: tuple[float, float], flip: bool, brightness: float
 ) -> np.ndarray:
-    """Returns a copy of an X-ray as the study generated it, uint8; angles are in degrees.
+    """Returns a copy of an X-ray as the study generated it, uint8, without JPEG compression; angles are in degrees.
 
-    Keras stretches the gray levels of a copy to 0..255 before and after changing the brightness, so the change only
-    makes the levels coarser. The study's JPEG compression of the copies is omitted.
+    Keras stretches the gray levels to 0..255 before and after the change of brightness, which only makes them coarser.
     """
     moved = keras_generator.transform(array, angle, shear=shear, zoom=zoom)
     return _stretch(np.floor(_stretch(moved[:, ::-1] if flip else moved) * brightness)).astype(np.uint8)

@@ -76,11 +76,7 @@ RESAMPLED = {"train": ((0, 2), 1), "val": ((0, 1), 2)}
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the slices of version `config` in the folder `source`.
-
-    Raises ValueError, naming the paths tried, for a missing label file or image folder; and, naming file and line, for
-    a malformed line, an unknown class, an empty box or a file listed twice.
-    """
+    """Lists the slices of version `config` in `source`. Raises ValueError for missing files or bad label files."""
     version = config.upper()
     names = ("_COVIDx_CT-" + version, "_COVIDx-CT-" + version, "_COVIDx_CT", "_COVIDx-CT")
     forms = [f"{root}{{}}{name}.txt" for root in ("", f"splits/v{config[0]}/") for name in names]

@@ -10,9 +10,10 @@ from typing import Any
 
 from lungjax.data import prepared
 from lungjax.data.csv_table import read_table
-from lungjax.data.folder_walk import list_files
+from lungjax.data.folder_walk import check_regular, list_files
 from lungjax.data.imaging import images
 from lungjax.data.imaging.volumes import PLANES
+from lungjax.data.safe_text import printable
 from lungjax.datasets import PrepareOptions, folder_volumes
 from lungjax.datasets.folder_volumes import Row
 from lungjax.datasets.listing import About, Example, Listing, complete_splits
@@ -221,6 +222,12 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[
             extra=tuple(values[name] for name in extra),
             where=where,
         )
+        try:
+            check_regular(row.image)
+        except ValueError as error:
+            raise ValueError(f"{where}: {path} is {error}") from None
+        except OSError:
+            pass  # a missing file is reported when it is read, so that --on_bad_image=skip applies
         is_folder = not path.lower().endswith(images.SUFFIXES) and (table.parent / path).is_dir()
         rows += folder_volumes.unfold(row) if is_folder else [row]
     without = next((row.where for row in rows if not row.split), None)
@@ -230,8 +237,10 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[
     every = [str(table.parent / path) for path in list_files(table.parent, lambda path, reason: None)]
     kinds = {path: folder_volumes.kind(path) for path in every if os.path.abspath(path) not in listed}
     _, warnings = folder_volumes.unread_notes([path for path, kind in kinds.items() if not kind])
+    if outside := [row.file for row in rows if os.path.isabs(row.file) or ".." in row.file.split("/")]:
+        warnings.append(f"{len(outside):,} paths in {table.name} are absolute or contain .., such as {outside[0]}")
     if unlisted := [path for path, kind in kinds.items() if kind]:
-        example = os.path.basename(unlisted[0])
+        example = printable(os.path.basename(unlisted[0]))
         warnings.append(f"skipped {len(unlisted):,} images that are not in {table.name}, such as {example}")
     return rows, extra, [], warnings
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import dicom, images, nifti, volumes
+from lungjax.data.safe_text import printable
 from lungjax.datasets import PrepareOptions
 
 # Suffixes of files that are only counted; other files that can't be read are listed by name.
@@ -61,6 +62,7 @@ def unread_notes(paths: Sequence[str]) -> tuple[list[str], list[str]]:
             others.setdefault(os.path.splitext(path)[1].lower() or "no suffix", []).append(path)
     documents = len(paths) - sum(map(len, others.values()))
     names = "; ".join(f"{len(p):,} with {suffix}, such as {os.path.basename(p[0])}" for suffix, p in others.items())
+    names = printable(names)
     return (
         [f"{documents:,} files that are not images were skipped"] if documents else [],
         [f"files of other formats were skipped (convert images to PNG): {names}"] if names else [],
@@ -130,7 +132,7 @@ def _from_dicom(rows: Sequence[Row], options: PrepareOptions, notes: Notes) -> t
     series: dict[str, list[tuple[dicom.Header, Row]]] = {}
     for row in rows:
         try:
-            headers = dicom.headers(row.image)
+            headers = dicom.headers(row.image, options.limits)
         except ValueError as error:
             result.append(_bad(row, row.file, error))
             continue
@@ -150,7 +152,7 @@ def _from_dicom(rows: Sequence[Row], options: PrepareOptions, notes: Notes) -> t
             result.append(_bad(row, row.file, copy))
             continue
         xrays[name] = str(header.path)
-        result.append(replace(row, file=name, image=partial(dicom.xray, header.path)))
+        result.append(replace(row, file=name, image=partial(dicom.xray, header.path, options.limits)))
     if len(xrays) + len(series) > 1 and len(patients) == 1:
         notes["PatientID for all DICOM files, so they count as one patient unless groups are given"] = [""]
     if xrays:
@@ -183,22 +185,22 @@ def _from_series(
         places = [len(rows) // 2] if options.position == "mid" else range(len(rows))
         result = []
         for i in places:
-            image = partial(dicom.picture, headers[i], options.hu_windows)
+            image = partial(dicom.picture, headers[i], options.hu_windows, options.limits)
             result.append(replace(rows[i], file=alone or _name(name, options.plane, i), image=image))
         return result
-    series.check(options.plane)
+    series.check(options.plane, options.limits)
     for key in ("label", "split"):
         values = sorted({getattr(row, key) for row in rows})
         if len(values) > 1:
             what = f"slices with several {key}s ({', '.join(values)})"
             raise ValueError(f"{rows[0].file}: {what}; a {options.plane} plane needs one {key} per series")
     cut = partial(dicom.cut, headers, series.step, options.plane)
-    return _planes(rows[0], name, series.shape, options, lambda i: partial(cut, i, options.hu_windows))
+    return _planes(rows[0], name, series.shape, options, lambda i: partial(cut, i, options.hu_windows, options.limits))
 
 
 def _from_nifti(row: Row, options: PrepareOptions, notes: Notes) -> list[Row]:
     try:
-        header = nifti.header(row.image)
+        header = nifti.header(row.image, options.limits)
         if row.box is not None:
             raise ValueError(f"{row.file} is a volume, which can't have a box")
     except ValueError as error:
@@ -208,7 +210,7 @@ def _from_nifti(row: Row, options: PrepareOptions, notes: Notes) -> list[Row]:
         notes.setdefault(f"NIfTI volumes {note}", []).append(row.file)
     row = replace(row, group=row.group or row.file)
     cut = partial(nifti.picture, row.image, options.plane)
-    return _planes(row, row.file, header.shape, options, lambda i: partial(cut, i, options.hu_windows))
+    return _planes(row, row.file, header.shape, options, lambda i: partial(cut, i, options.hu_windows, options.limits))
 
 
 def _planes(

@@ -46,15 +46,13 @@ ABOUT = About(
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
-    """Lists the original slices in `source` and, with `config` "oversampled", the generated copies.
-
-    Raises ValueError for a missing class folder, with the names tried, or one without images.
-    """
+    """Lists the slices in `source`; "oversampled" adds copies. Raises ValueError for a class without images."""
     root = files.find(source, [f"{folder}{CLASSES[0]}/" for folder in FOLDERS], "folder of class nCT").parent
-    paths = [
-        sorted((path for path, _ in files.class_images(root, name)), key=lambda path: (_number(path), path))
-        for name in CLASSES
-    ]
+
+    def order(path: Path) -> tuple[int, Path]:
+        return [-1, *map(int, re.findall(r"\d+", path.stem))][-1], path
+
+    paths = [sorted((path for path, _ in files.class_images(root, name)), key=order) for name in CLASSES]
     originals = [
         Example(path.relative_to(source).as_posix(), str(path), label, "", _group(label, path), "iCTCF")
         for label, class_paths in enumerate(paths)
@@ -102,8 +100,3 @@ def _study(labels: list[int]) -> list[str]:
 
 def _group(label: int, path: Path) -> str:
     return f"{CLASSES[label]}/{files.block(path.stem)}"
-
-
-def _number(path: Path) -> int:
-    match = re.search(r"(\d+)\D*$", path.stem)
-    return int(match.group(1)) if match else -1

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from lungjax.data import splits
+from lungjax.data.safe_text import check_printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Listing:
-    """A data set before any image is read. Raises ValueError for a file that is listed twice."""
+    """A data set before any image is read. Raises ValueError for a file listed twice and for control characters."""
 
     classes: tuple[str, ...]  # in label order
     examples: Sequence[Example]
@@ -47,9 +48,13 @@ class Listing:
     modality: str = ""  # "ct", "xray", or "" if unknown or mixed
 
     def __post_init__(self) -> None:
-        """Checks that no file is listed twice."""
+        """Checks that no file is listed twice, and the names."""
+        for name in self.classes:
+            check_printable(name, "class")
         first: dict[str, str] = {}
         for example in self.examples:
+            for name in (example.file, example.group, example.source):
+                check_printable(name, example.where or "data set")
             if example.file in first:
                 raise ValueError(f"{example.where}: {example.file} is already in {first[example.file]}")
             first[example.file] = example.where

@@ -28,10 +28,10 @@ def report(one: Prepared, other: Prepared) -> str:
 def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool = False) -> tuple[Prepared, list[str]]:
     """Checks whether test images of `other` show patients in train or val of `own`; returns `other` and notes.
 
-    The checks are, in this order: patient names, sources, equal pixels, and near duplicates. For stages, the last two
-    compare the complete images if these are prepared in `data_dir`. `what` names the test images, such as "the test
-    split of folder/b". Raises ValueError for shared patients; with `drop`, their images are removed from the test split
-    instead; a shared source, whose patients are unknown, and a test split without other patients remain errors.
+    The checks are patient names, sources, equal pixels, and near duplicates. For stages, the last two compare the
+    complete images if these are prepared in `data_dir`. `what` names the test images. Raises ValueError for shared
+    patients; with `drop`, their images leave the test split instead, but a shared source, whose patients are unknown,
+    and a test split without other patients remain errors.
     """
     seen, rows = np.union1d(own.rows("train"), own.rows("val")), np.unique(other.rows("test"))
     view, groups = other, other.columns["group"][rows]
@@ -82,8 +82,7 @@ def check(own: Prepared, other: Prepared, data_dir: Path, what: str, drop: bool 
 def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
     """Returns the names of patients in `rows` of one data set and in `others` of another, sorted.
 
-    A name identifies the same person only across versions of one data set; a DICOM pseudonym does so across all
-    folders.
+    A name identifies the same person only across versions of one data set, a DICOM pseudonym across all folders.
     """
     names = np.intersect1d(one.columns["group"][rows], other.columns["group"][others]).tolist()
     if _identity(one) == _identity(other):
@@ -93,10 +92,7 @@ def shared_groups(one: Prepared, rows: np.ndarray, other: Prepared, others: np.n
 
 
 def shared_sources(one: Prepared, rows: np.ndarray, other: Prepared, others: np.ndarray) -> list[str]:
-    """Returns the common sources of two public data sets, sorted; one of them may be a source of the other.
-
-    Source names in users' folders and synthetic data sets are not public, so they are ignored.
-    """
+    """Returns the common sources of two data sets, sorted, including each other; private sources are ignored."""
     if _identity(one) == _identity(other):
         return []
     sources = []
@@ -115,10 +111,7 @@ def _identity(data: Prepared) -> tuple[str, ...]:
 
 
 def _without_stage(data: Prepared, rows: np.ndarray, data_dir: Path) -> tuple[Prepared, np.ndarray] | None:
-    """Returns the data set prepared without the stage, and the rows of the same images in it.
-
-    Returns None if no such data set is prepared or images are missing.
-    """
+    """Returns the data set without its stage, and the same rows in it; None if it is not prepared or lacks an image."""
     name = resolve(data.name)[0]
     if not name.stage:
         return data, rows

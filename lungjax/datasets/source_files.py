@@ -15,10 +15,7 @@ BLOCK_SIZE = 40  # consecutive file numbers in a block: roughly the slices of on
 
 
 def find(source: Path, names: Sequence[str], what: str, hint: str = "") -> Path:
-    """Returns the first existing path of `names`, relative to `source`; a trailing "/" means a folder.
-
-    Letter case is ignored. Raises ValueError with `names` if none exists.
-    """
+    """Returns the first path of `names` in `source`, ignoring case ("/" ends a folder). Raises ValueError if none."""
     for name in names:
         path: Path | None = source
         for part in Path(name).parts:
@@ -64,8 +61,7 @@ def lookup(value: str, values: Mapping[str, str], what: str, where: str) -> str:
 def block(stem: str) -> str:
     """Returns the block of BLOCK_SIZE consecutive numbers that contains the last number of a file name.
 
-    "neg_81" and "neg_119" are in "neg_block2", because neighboring slices of an unknown patient are nearly identical. A
-    name without a number forms a separate block.
+    "neg_81" and "neg_119" are in "neg_block2", since neighbors are nearly identical; no number: the name is a block.
     """
     match = re.search(r"(\d+)(\D*)$", stem)
     return f"{stem[: match.start()]}block{int(match.group(1)) // BLOCK_SIZE}" if match else stem

@@ -36,8 +36,7 @@ def source_only(data: Prepared, split: str = "test") -> Predictions | None:
 def warnings(report: Mapping[str, Any]) -> Iterator[str]:
     """Yields what the baselines say about the network; `report` is the content of report.json.
 
-    The network is better than `source_only` if the interval of the gain in AUC is above zero (without an interval, if
-    the gain is).
+    It is better than `source_only` if the interval of the gain in AUC (or, without one, the gain) is above zero.
     """
     network = report["test"]["slice"]["auc_macro"]
     reference = "undefined" if network is None else f"{network:.3f}"

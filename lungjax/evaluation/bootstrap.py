@@ -150,10 +150,7 @@ def wilson(count: float, n: int) -> list[float]:
 
 
 def interval(values: np.ndarray, point: float | None, patients: int = 0) -> tuple[float, float] | None:
-    """Returns the interval of a metric from its draws and its value `point`, or None (see the module's docstring).
-
-    `patients` is the number in the denominator of a proportion, 0 for other metrics.
-    """
+    """Returns the interval of a metric from its draws, or None; `patients` is a proportion's denominator, or 0."""
     ends = _percentiles(values)
     if ends is None or point is None or ends[1] - ends[0] > ROUNDING:
         return ends
@@ -175,8 +172,7 @@ def _evaluate(
 ) -> tuple[list[dict[str, float | None]], list[dict[str, np.ndarray]], dict[str, int]]:
     """Returns the metrics of each run, their draws, {metric: [draws]}, and the patients behind each proportion.
 
-    Draws are NaN for undefined values and for metrics without an interval; the last is the smallest number of all runs
-    (`_denominators`). Runs are aligned with the first.
+    Draws are NaN for undefined values and for metrics without an interval. Runs are aligned with the first.
     """
     levels = [runs[0], *(align(runs[0], run) for run in runs[1:])]
     levels = [metrics.by_patient(p)[0] for p in levels] if unit == "patient" else levels
@@ -246,10 +242,7 @@ def _sampler(p: Predictions, member: np.ndarray, patients: int) -> Callable[[np.
 def _area_sampler(
     positive: np.ndarray, scores: np.ndarray, member: np.ndarray, patients: int
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns a function from counts [patients, draws] to AUC and average precision, [2, draws].
-
-    `positive`, `scores` and `member` (patient) are [M]. The areas are NaN without positives or negatives.
-    """
+    """Returns a function from counts [patients, draws] to AUC and average precision [2, draws]; arguments are [M]."""
     if positive.all() or not positive.any():
         return lambda counts: np.full((2, counts.shape[1]), np.nan)
     ranks = np.unique(scores[positive])[::-1]  # distinct scores of positive examples, in descending order

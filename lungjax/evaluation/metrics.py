@@ -34,6 +34,7 @@ import numpy as np
 
 from lungjax.evaluation import study_metrics
 from lungjax.evaluation.predictions import Predictions, take
+from lungjax.evaluation.study_metrics import ratio
 
 Level = dict[str, Any]
 
@@ -125,10 +126,10 @@ def metrics_from_sums(sums: Mapping[str, Any], areas: Mapping[str, Any], classes
     n = counts.sum(axis=-1)
     rates = {**confusion_rates(confusion), "auc": areas["auc"], "average_precision": areas["average_precision"]}
     level: Level = {
-        "loss": _ratio(sums["loss"], n),
-        "ece": _ratio(np.abs(sums["gaps"]).sum(axis=-1), n),
-        "brier": _ratio(sums["brier"], n),
-        "accuracy": _ratio(np.trace(confusion, axis1=-2, axis2=-1), n),
+        "loss": ratio(sums["loss"], n),
+        "ece": ratio(np.abs(sums["gaps"]).sum(axis=-1), n),
+        "brier": ratio(sums["brier"], n),
+        "accuracy": ratio(np.trace(confusion, axis1=-2, axis2=-1), n),
         "balanced_accuracy": _mean(rates["recall"]),
     }
     for name in PER_CLASS:
@@ -143,10 +144,7 @@ def metrics_from_sums(sums: Mapping[str, Any], areas: Mapping[str, Any], classes
 
 
 def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns a level's metrics by dotted name: "accuracy", "per_class.COV.recall", "study.f1_weighted", ...
-
-    Omits counts (`n`, `confusion`, `mixed_groups`) and `intervals`.
-    """
+    """Returns a level's metrics by dotted name, such as "per_class.COV.recall", without counts and `intervals`."""
     flat: dict[str, Any] = {}
     for name, value in level.items():
         if isinstance(value, Mapping):
@@ -187,9 +185,9 @@ def flat_levels(predictions: Predictions) -> dict[str, float | None]:
 def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
     """Returns one prediction per group, and the number of groups excluded because of mixed labels.
 
-    Probabilities are means over the group's examples, in float64. Ids and groups are the group's name; the source is
-    "several" if it differs within the group. Rows are sorted by name and lack extra columns. An example with the group
-    "" is its own group, named by its id. Raises ValueError for invalid probabilities.
+    Probabilities are means over the group's examples, in float64. Ids and groups are the group's name, or the id of an
+    example without a group; the source is "several" if it differs. Rows are sorted by name, without extra columns.
+    Raises ValueError for invalid probabilities.
     """
     p = predictions
     check_probabilities(p)
@@ -235,19 +233,16 @@ def check_probabilities(predictions: Predictions) -> None:
 
 
 def confusion_rates(confusion: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns precision, recall, specificity, npv and f1 per class, [..., C], with NaN for undefined rates.
-
-    `confusion` [..., C, C]: entry i, j is the number of examples of class i predicted as class j.
-    """
+    """Returns precision, recall, specificity, npv and f1 [..., C] of counts [..., true class, predicted class]."""
     hits = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
     true, predicted, n = confusion.sum(axis=-1), confusion.sum(axis=-2), confusion.sum(axis=(-2, -1))[..., None]
     true_negative = n - true - predicted + hits
     return {
-        "precision": _ratio(hits, predicted),
-        "recall": _ratio(hits, true),
-        "specificity": _ratio(true_negative, n - true),
-        "npv": _ratio(true_negative, n - predicted),
-        "f1": _ratio(2 * hits, true + predicted),
+        "precision": ratio(hits, predicted),
+        "recall": ratio(hits, true),
+        "specificity": ratio(true_negative, n - true),
+        "npv": ratio(true_negative, n - predicted),
+        "f1": ratio(2 * hits, true + predicted),
     }
 
 
@@ -256,31 +251,22 @@ def auc(positive: np.ndarray, scores: np.ndarray) -> float:
     from scipy import stats  # here: it takes a second to import
 
     p, n = positive.sum(), (~positive).sum()
-    return float(_ratio(stats.rankdata(scores)[positive].sum() - p * (p + 1) / 2, p * n))
+    return float(ratio(stats.rankdata(scores)[positive].sum() - p * (p + 1) / 2, p * n))
 
 
 def average_precision(positive: np.ndarray, scores: np.ndarray) -> float:
-    """Returns the sum of (recall step) x precision over the thresholds; NaN without positives or negatives.
-
-    Without negatives it would be 1 for any scores. `positive` [N] bool, `scores` [N].
-    """
+    """Returns the sum of (recall step) x precision of `scores` [N]; NaN if `positive`, bool [N], is constant."""
     from sklearn.metrics import average_precision_score  # here: it takes two seconds to import
 
     defined = positive.any() and not positive.all()
     return float(average_precision_score(positive, scores)) if defined else float("nan")
 
 
-def _ratio(part: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """Returns part / total, NaN where the total is zero."""
-    part = np.asarray(part, dtype=np.float64)
-    return np.divide(part, total, out=np.full(part.shape, np.nan), where=np.asarray(total) != 0)
-
-
 def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     """Returns the (weighted) mean of the defined values along the last axis; NaN if the weights sum to zero."""
     defined = ~np.isnan(values)
     weights = np.where(defined, 1.0 if weights is None else weights, 0.0)
-    return _ratio((np.where(defined, values, 0.0) * weights).sum(axis=-1), weights.sum(axis=-1))
+    return ratio((np.where(defined, values, 0.0) * weights).sum(axis=-1), weights.sum(axis=-1))
 
 
 def _to_python(value: Any) -> Any:

@@ -24,10 +24,7 @@ Points = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]  # LEVEL.CL
 
 
 def choose(predictions: Predictions, class_index: int, rule: str) -> float:
-    """Returns the threshold that a rule chooses among the class's probabilities in `predictions` (the val split).
-
-    Some of the examples, but not all, must belong to the class.
-    """
+    """Returns the threshold that `rule` chooses on the val split; some but not all examples must be of the class."""
     from sklearn.metrics import roc_curve  # here: it takes two seconds to import
 
     positive, scores = predictions.labels == class_index, _scores(predictions, class_index)
@@ -86,8 +83,7 @@ def metrics_at_thresholds(
 def choose_all(val: Predictions, test: Predictions, options: EvalConfig) -> Points:
     """Returns the thresholds of all classes and rules, chosen on `val`, at the levels slice and patient.
 
-    The latter only if a patient has several examples in `val` or `test`. A class without a threshold has {};
-    `missing_rules` gives the reason.
+    The latter only if a patient has several examples; a class without a threshold has {} (see `missing_rules`).
     """
     rules = ("youden", f"sensitivity_{options.sensitivity:g}")
     levels = {"slice": val}
@@ -107,12 +103,9 @@ def evaluate(points: Points, test: Predictions, options: EvalConfig) -> Points:
     levels = {"slice": test, "patient": metrics.by_patient(test)[0]}
     result: dict[str, dict[str, dict[str, Any]]] = {}
     for level, classes in points.items():
-        keys = [(name, rule) for name, rules in classes.items() for rule in rules]
-        chosen = [(test.classes.index(name), classes[name][rule]["threshold"]) for name, rule in keys]
-        result[level] = {name: {} for name in classes}
-        metrics_of = metrics_at_thresholds(levels[level], chosen, options.prevalences(), options.draws)
-        for (name, rule), point in zip(keys, metrics_of, strict=True):
-            result[level][name][rule] = point
+        chosen = [(test.classes.index(c), p["threshold"]) for c, rules in classes.items() for p in rules.values()]
+        points_of = iter(metrics_at_thresholds(levels[level], chosen, options.prevalences(), options.draws))
+        result[level] = {name: {rule: next(points_of) for rule in rules} for name, rules in classes.items()}
     return result
 
 
@@ -126,9 +119,9 @@ def net_benefit(predictions: Predictions, class_index: int) -> dict[str, list[fl
     """Returns the decision curve of a class (Vickers and Elkin, Medical Decision Making 26:565, 2006).
 
     At a threshold probability t, examples with a probability of at least t are treated, and a false positive costs
-    t / (1 - t) of the benefit of a true positive: net benefit = TP / N - FP / N * t / (1 - t). Probabilities should be
-    calibrated; at least one example is required. Returns lists of equal length: "thresholds" 0.01, 0.02, ... 0.99,
-    "model", and "all" for treating every example. Treating none has a net benefit of zero.
+    t / (1 - t) of the benefit of a true positive: net benefit = TP / N - FP / N * t / (1 - t), zero for treating none.
+    Probabilities should be calibrated; at least one example is required. Returns lists of equal length: "thresholds"
+    0.01, 0.02, ... 0.99, "model", and "all" for treating every example.
     """
     t, positive = np.arange(1, 100) / 100, predictions.labels == class_index
     odds, share, scores = t / (1 - t), positive.mean(), _scores(predictions, class_index)

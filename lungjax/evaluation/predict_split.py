@@ -26,11 +26,10 @@ def predict(
     mesh: Mesh,
     watch: Watch | None = None,
 ) -> Predictions:
-    """Returns the predictions for every example of a split, in record order.
+    """Returns the predictions for every example of a split, in record order. Raises ValueError for an empty split.
 
     The outputs of `predict_step`, a jitted function of `variables` and a batch, are replicated, so every host has all
-    predictions. With `watch`, raises Interrupted between batches after a signal; otherwise shows a progress bar. Raises
-    ValueError for an empty split.
+    predictions. With `watch`, raises Interrupted between batches after a signal; otherwise shows a progress bar.
     """
     rows = data.rows(split)
     if not len(rows):

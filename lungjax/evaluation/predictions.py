@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lungjax.data.safe_text import csv_row, csv_text
 from lungjax.runtime.files import atomic_file
 
 COLUMNS = ("id", "group", "source", "label", "predicted")
@@ -83,8 +84,8 @@ def write(predictions: Predictions, path: Path) -> None:
         partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(zip(*(np.asarray(column).tolist() for column in columns), strict=True))
+        writer.writerow(csv_row(header))
+        writer.writerows(map(csv_row, zip(*(np.asarray(column).tolist() for column in columns), strict=True)))
 
 
 def read(path: Path) -> Predictions:
@@ -95,8 +96,8 @@ def read(path: Path) -> Predictions:
     """
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         reader = csv.reader(file)
-        header = next(reader, [])
-        lines = [(reader.line_num, row) for row in reader]
+        header = [csv_text(name) for name in next(reader, [])]
+        lines = [(reader.line_num, [csv_text(cell) for cell in row]) for row in reader]
     missing = [name for name in COLUMNS if name not in header]
     classes = tuple(name.removeprefix("p_") for name in header if name.startswith("p_"))
     logit_classes = [name.removeprefix("logit_") for name in header if name.startswith("logit_")]

@@ -32,23 +32,21 @@ def argmax_of_rounded(probabilities: np.ndarray) -> np.ndarray:
 def values(
     sums: Mapping[str, np.ndarray], rates: Mapping[str, np.ndarray], auc_micro_logits: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Returns the metrics listed in the module's docstring, NaN where undefined, for any leading axes [...].
-
-    `sums` are those of `metrics.metrics_from_sums`; `rates` have "precision" and "recall" [..., C], NaN if undefined.
-    """
+    """Returns the metrics of the module's docstring, NaN if undefined; arguments as in `metrics.metrics_from_sums`."""
     counts, n = sums["confusion"].sum(axis=-1), sums["confusion"].sum(axis=(-2, -1))
     hits = np.diagonal(sums["highest"], axis1=-2, axis2=-1)
-    precision, recall = _no_nan(hits, sums["highest"].sum(axis=-2)), _no_nan(hits, counts)
-    f1 = _no_nan(2 * precision * recall, precision + recall)
+    precision, recall = ratio(hits, sums["highest"].sum(axis=-2), 0.0), ratio(hits, counts, 0.0)
+    f1 = ratio(2 * precision * recall, precision + recall, 0.0)
     mean_precision, mean_recall = rates["precision"].mean(axis=-1), rates["recall"].mean(axis=-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return {
-            "f1_weighted": (f1 * counts).sum(axis=-1) / n,
-            "auc_micro_logits": auc_micro_logits,
-            "f1_macro_harmonic": 2 * mean_precision * mean_recall / (mean_precision + mean_recall),
-            "accuracy_rounded": sums["rounded"] / n,
-        }
+    return {
+        "f1_weighted": ratio((f1 * counts).sum(axis=-1), n),
+        "auc_micro_logits": auc_micro_logits,
+        "f1_macro_harmonic": ratio(2 * mean_precision * mean_recall, mean_precision + mean_recall),
+        "accuracy_rounded": ratio(sums["rounded"], n),
+    }
 
 
-def _no_nan(part: np.ndarray, total: np.ndarray) -> np.ndarray:
-    return np.divide(part, total, out=np.zeros_like(part), where=total != 0)
+def ratio(part: np.ndarray, total: np.ndarray, undefined: float = np.nan) -> np.ndarray:
+    """Returns part / total, `undefined` where the total is zero."""
+    part = np.asarray(part, dtype=np.float64)
+    return np.divide(part, total, out=np.full(part.shape, undefined), where=np.asarray(total) != 0)

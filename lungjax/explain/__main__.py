@@ -18,6 +18,7 @@ from lungjax.config import EXPLANATIONS as METHODS
 from lungjax.config import nearest
 from lungjax.config.metadata import Metadata
 from lungjax.data import preprocess
+from lungjax.data.safe_text import printable
 from lungjax.inference.inputs import Item, gather
 from lungjax.runtime import environment
 
@@ -38,6 +39,7 @@ def define_flags() -> None:
     flags.DEFINE_string("out", None, "Output folder; default WORKDIR/explain.")
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
     cli.define_window_flags()
+    cli.define_limit_flags()
 
 
 def main(_: list[str]) -> None:
@@ -77,10 +79,10 @@ def main(_: list[str]) -> None:
     bad: list[str] = []
     if FLAGS.images:
         description = replace(description, **windows)
-        inputs = gather(FLAGS.images, description)
+        inputs = gather(FLAGS.images, description, limits=cli.limits())
         bad += [f"{name}: {reason}" for name, reason in inputs.failures]
         pictures = read(inputs.items, description, bad)
-        if not figures.draw_images(explainer, pictures, run.classes, methods, target, out):
+        if not figures.draw_images(explainer, pictures, run.classes, methods, target, out, bad):
             reasons = "\n  ".join(bad or ["the folders contain no images"])
             raise ValueError(f"no image could be read:\n  {reasons}")
     synthetic = datasets.resolve(config.data.dataset)[0].base == "phantom_ct"
@@ -97,7 +99,7 @@ def main(_: list[str]) -> None:
         print(f"{method}: {explainer.describe(method)}")
     print(f"Written to {out}")
     for problem in dict.fromkeys(bad):
-        print(f"lungjax: skipped: {problem}", file=sys.stderr)
+        print(printable(f"lungjax: skipped: {problem}"), file=sys.stderr)
     if bad:
         sys.exit(1)
 

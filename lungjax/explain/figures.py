@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lungjax.data.imaging import images
+from lungjax.data.safe_text import csv_row, cut
 from lungjax.explain import saliency
 from lungjax.explain.saliency import Explainer
 from lungjax.report import contact_sheet, style
@@ -69,7 +70,7 @@ def file_name(name: str, used: set[str]) -> str:
     """Returns a file name, not yet in `used`, for an image, and adds it to `used`."""
     parts = [part for part in PurePath(name).parts if part not in ("/", "..")]
     stem = "_".join(parts).removesuffix(next((end for end in images.SUFFIXES if name.lower().endswith(end)), ""))
-    plain = "".join(c if c.isalnum() or c in "-_.#" else "_" for c in stem) or "image"
+    plain = cut("".join(c if c.isalnum() or c in "-_.#" else "_" for c in stem)) or "image"
     numbered = (f"{plain}_{number}" for number in itertools.count(2))
     unique = next(each for each in itertools.chain([plain], numbered) if each not in used)
     used.add(unique)
@@ -83,8 +84,11 @@ def draw_images(
     methods: Sequence[str],
     target: int | None,
     out: Path,
+    bad: list[str],
 ) -> int:
     """Writes NAME_METHOD.png for each image and method into the folder `out`; returns the number of images.
+
+    Adds the errors of figures that can't be written to `bad`.
 
     `pictures` yields the name and the network input, uint8 [H, W, C], of each image. `target` is the class to explain,
     or None for the predicted one.
@@ -98,7 +102,10 @@ def draw_images(
             maps, probabilities = explainer.maps(stack, target, method)
             for name, image, heat, p in zip(names, stack, maps, probabilities, strict=True):
                 explained = int(p.argmax()) if target is None else target
-                draw(out / f"{name}_{method}.png", name, image, heat, p, classes, explained, method)
+                try:
+                    draw(out / f"{name}_{method}.png", name, image, heat, p, classes, explained, method)
+                except OSError as error:
+                    bad.append(str(error))
         count += len(chunk)
     return count
 
@@ -133,7 +140,8 @@ def draw_split(
     names, pages = ("file", "group", "source"), math.ceil(len(order) / size)
     with (out / "index.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["rank", "page", *names, "label", "predicted", "wrong", *(f"p_{name}" for name in classes)])
+        head = ["rank", "page", *names, "label", "predicted", "wrong", *(f"p_{name}" for name in classes)]
+        writer.writerow(csv_row(head))
         for page in range(pages):
             rows = order[page * size : (page + 1) * size]
             pixels = [reader(row) for row in rows]
@@ -143,7 +151,8 @@ def draw_split(
                 p, label, ids = scores[row], columns["label"][row], [str(columns[name][row]) for name in names]
                 wrong = int(p.argmax()) != label
                 verdict = [classes[label], classes[p.argmax()], "yes" if wrong else "no"]
-                writer.writerow([rank, f"page_{page + 1:03}.png", *ids, *verdict, *(f"{value:.6g}" for value in p)])
+                cells = [rank, f"page_{page + 1:03}.png", *ids, *verdict, *(f"{value:.6g}" for value in p)]
+                writer.writerow(csv_row(cells))
                 frame, truth = (style.WRONG, f"wrong, true: {classes[label]}") if wrong else (FRAME, "correct")
                 tiles += [Tile(image, (ids[0], prediction(p, classes), truth), frame=frame, wide=True)]
                 tiles += [Tile(image, heat=visible(heat, method), frame=frame)]

@@ -31,6 +31,7 @@ from lungjax.evaluation import bootstrap
 from lungjax.explain import figures
 from lungjax.explain.saliency import Explainer
 from lungjax.report import templating
+from lungjax.runtime import files
 
 FIRST_SEED = 2**40  # of new patients: the seeds of phantom_ct start at --seed * 100,000
 LEVELS = 5  # slices per patient that are searched for a lesion
@@ -53,23 +54,20 @@ class Slices:
 
 
 def draw_slices(classes: Sequence[str], spec: InputSpec, name: DatasetName, count: int) -> Slices:
-    """Returns `count` slices from new patients with alternating findings, and their masks with the same preprocessing.
+    """Returns `count` slices from new patients with visible lesions of alternating findings, preprocessed, with masks.
 
     `classes` are those of phantom_ct in any order; `name` is the training data set, whose stage and size apply.
-    Patients without a visible lesion in LEVELS slices are skipped.
     """
     findings = [finding for finding in phantom.CLASSES if finding != "Normal"]
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []
-    for seed in itertools.count(FIRST_SEED):
-        if len(rows) == count:
-            break
-        finding = findings[len(rows) % len(findings)]
-        patient = phantom.new_patient(seed, finding)
+    seeds = itertools.count(FIRST_SEED)
+    while len(rows) < count:
+        patient = phantom.new_patient(next(seeds), findings[len(rows) % len(findings)])
         levels = phantom.levels(patient, LEVELS)
-        for i in np.random.default_rng([seed, 30]).permutation(LEVELS):
+        for i in np.random.default_rng([patient.seed, 30]).permutation(LEVELS):
             image, lesion, lung = _as_input(phantom.draw_slice(patient, levels[i]), patient.window, spec, name)
             if lesion.any():
-                rows.append((image, lesion, lung, list(classes).index(finding)))
+                rows.append((image, lesion, lung, list(classes).index(patient.finding)))
                 break
     images, lesions, lungs, labels = zip(*rows, strict=True)
     return Slices(np.stack(images), np.stack(lesions), np.stack(lungs), np.asarray(labels))
@@ -106,8 +104,7 @@ def random_maps(count: int, grain: tuple[int, int], size: tuple[int, int], seed:
 def deletion(explainer: Explainer, images: np.ndarray, maps: np.ndarray, targets: np.ndarray) -> np.ndarray:
     """Returns the deletion curve of each image (the probability of its class), float64 [N, DELETIONS + 1].
 
-    In column i, the mean replaces the fraction i / DELETIONS of the pixels, highest values first; ties are broken at
-    random.
+    In column i, the mean replaces the share i / DELETIONS of the pixels, highest first, ties broken at random.
     """
     count, pixels = len(images), maps.shape[1] * maps.shape[2]
     rng = np.random.default_rng(32)
@@ -124,10 +121,7 @@ def deletion(explainer: Explainer, images: np.ndarray, maps: np.ndarray, targets
 
 
 def shuffled(variables: dict[str, Any], modules: Sequence[str], seed: int) -> dict[str, Any]:
-    """Returns variables in which the values of every tensor of `modules` are permuted.
-
-    Unlike a new initialization, this preserves the scale of the activations and keeps running variances positive.
-    """
+    """Returns variables with the values of each tensor of `modules` permuted, which preserves scale and sign."""
     rng = np.random.default_rng([seed, 33])
 
     def permute(leaf: Any) -> Any:
@@ -158,14 +152,11 @@ def sanity(explainer: Explainer, images: np.ndarray, method: str) -> dict[str, A
     before, _ = explainer.maps(images, targets, method)
     stages: list[dict[str, Any]] = []
     for name, modules in {"the head": ["head"], "all weights": list(explainer.variables["params"])}.items():
-        correlations, empty = [], []
-        for seed in range(DRAWS):
-            other = explainer.with_variables(shuffled(explainer.variables, modules, seed))
-            after, _ = other.maps(images, targets, method)
-            correlations.append(rank_correlation(before, after))
-            empty.append(~after.any((1, 2)))
-        means = {"correlation": float(np.mean(correlations)), "empty": float(np.mean(empty))}
-        stages.append({"shuffled": name, **means})
+        others = [explainer.with_variables(shuffled(explainer.variables, modules, seed)) for seed in range(DRAWS)]
+        after = [other.maps(images, targets, method)[0] for other in others]
+        correlation = np.mean([rank_correlation(before, maps) for maps in after])
+        empty = np.mean([~maps.any((1, 2)) for maps in after])
+        stages.append({"shuffled": name, "correlation": float(correlation), "empty": float(empty)})
     blank = float((~before.any((1, 2))).mean())
     passed = blank < 1 and all(stage["correlation"] <= UNCHANGED for stage in stages)
     return {"n": len(images), "draws": DRAWS, "stages": stages, "empty": blank, "passed": passed}
@@ -189,10 +180,7 @@ def pointing(maps: np.ndarray, slices: Slices, random: np.ndarray) -> dict[str, 
 def measure(
     explainer: Explainer, method: str, images: np.ndarray, targets: np.ndarray, slices: Slices | None = None
 ) -> dict[str, Any]:
-    """Returns {"pointing", "deletion", "sanity"} for a method; prints progress.
-
-    Explains the classes `targets` int [N] in `images` uint8 [N, H, W, C] with N >= 1. "pointing" needs `slices`.
-    """
+    """Returns "pointing" (if there are `slices`), "deletion" and "sanity" for the classes `targets` of `images`."""
     print(f"{method}: maps of {len(images)} images")
     maps, _ = explainer.maps(images, targets, method)
     random = random_maps(len(images), explainer.grain(method), maps.shape[1:], 0)
@@ -225,9 +213,8 @@ def write(
 ) -> list[str]:
     """Writes quality.json and quality.md into `out`; returns the errors of unreadable images.
 
-    Uses `count` evenly spaced images of the reader's test split and explains the class `target` or the predicted ones,
-    without the pointing game. If `reader` is None (phantom_ct networks), it uses synthetic slices of `count` new
-    patients and explains the true finding. `run` is the `inference.model.Network` of `explainer`.
+    Uses `count` evenly spaced test images of the reader and explains the class `target` or the predicted ones. Without
+    a reader (phantom_ct networks), it uses synthetic slices of `count` new patients and explains the true finding.
     """
     bad: list[str] = []
     slices = None
@@ -247,8 +234,8 @@ def write(
         description = f"{len(pixels)} images of the test split of {name}, without lesion masks"
     results = {method: measure(explainer, method, images, targets, slices) for method in methods}
     content = {"name": run.config.name, "step": run.step, "images": description, "methods": results}
-    (out / "quality.json").write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", "utf-8")
+    files.atomic_write(out / "quality.json", json.dumps(content, indent=2, allow_nan=False) + "\n")
     page = templating.render("quality.md.j2", **content, unchanged=UNCHANGED)
-    (out / "quality.md").write_text(page, "utf-8")
+    files.atomic_write(out / "quality.md", page)
     print(page)
     return bad

@@ -15,7 +15,7 @@ import timeit
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,10 @@ class Functions:
 
     def predict(self, weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
         """Returns calibrated probabilities, logits and features of uint8 pixels [b, H, W, C]."""
-        logits, features = self._network(_tree(weights), normalize(pixels, self.metadata.input))
+        return self._outputs(self._network, _tree(weights), pixels)
+
+    def _outputs(self, network: Any, variables: Any, pixels: jax.Array) -> dict[str, jax.Array]:
+        logits, features = network(variables, normalize(pixels, self.metadata.input))
         return model.named_outputs(logits, features["last"], self.metadata)
 
     def gradcam(self, weights: Any, pixels: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
@@ -92,10 +95,9 @@ class Functions:
     def check(self, run: Any, name: str) -> Check:
         """Compares an export with the network and times it.
 
-        `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`.
-
-        Raises ValueError if the difference is above MAX_TOLERANCE, or above both TOLERANCE and ROUNDING_FACTOR times
-        that of the folded network in float32.
+        `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`. Raises
+        ValueError if the difference is above MAX_TOLERANCE, or above TOLERANCE and ROUNDING_FACTOR times that of the
+        folded network in float32.
         """
         pixels = [self.sample(batch) for batch in CHECKED_BATCHES]
         expected = [self.reference(images) for images in pixels]
@@ -122,10 +124,7 @@ class Functions:
 
     @cached_property
     def _reference(self) -> Any:
-        def run(variables: Any, pixels: jax.Array) -> dict[str, jax.Array]:
-            logits, features = self.module.apply(variables, normalize(pixels, self.metadata.input), train=False)
-            return model.named_outputs(logits, features["last"], self.metadata)
-
+        run = partial(self._outputs, partial(self.module.apply, train=False))
         return jax.jit(run, compiler_options=conv.compiler_options(train=False))
 
 
@@ -156,10 +155,7 @@ def load(workdir: Path) -> Functions:
 
 
 def from_pyz(path: Path) -> Functions:
-    """Returns the functions of a model.pyz, rebuilt from its weights and configuration instead of its programs.
-
-    Raises ValueError as `artifacts.read_parts` does, and if weights and configuration do not match.
-    """
+    """Returns the functions of the weights and configuration of a model.pyz. Raises ValueError if they don't match."""
     metadata, weights, about = artifacts.read_parts(path)
     where = f"{path}: {artifacts.ABOUT}"
     config = overrides.from_json(json.dumps({"model": about.get("network")}), where)

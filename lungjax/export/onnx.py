@@ -27,10 +27,7 @@ TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
 def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
-    """Writes FILE into `folder`, runs it with onnxruntime, and returns its path and the result of `Functions.check`.
-
-    If the check fails or the network is too large for the format, raises ValueError and leaves no file.
-    """
+    """Writes FILE, or nothing if it raises ValueError; returns its path and the result of `Functions.check`."""
     import onnx
 
     size = sum(array.nbytes for array in functions.weights.values())
@@ -106,10 +103,7 @@ def fix_pools(model: Any) -> None:
 
 
 def fix_borders(model: Any) -> None:
-    """Keeps onnxruntime 1.31 from merging a border of zeros into the following max pool, which ignores padding.
-
-    onnxruntime merges only zeros, so the border becomes the smallest positive number.
-    """
+    """Replaces zero borders by tiny numbers: onnxruntime 1.31 merges zeros into a max pool, which ignores padding."""
     from onnx import numpy_helper
 
     graph = model.graph

@@ -25,8 +25,8 @@ SCRIPT = "__main__.py"
 PACKED = (
     "config/__init__.py", "config/metadata.py", "config/schema.py", "config/validate.py",
     "data/__init__.py", "data/batching.py", "data/folder_walk.py", "data/imaging/__init__.py",
-    "data/imaging/images.py", "data/imaging/lung_masks.py", "data/imaging/lung_outline.py",
-    "data/imaging/study_masks.py", "data/preprocess.py",
+    "data/imaging/images.py", "data/imaging/limits.py", "data/imaging/lung_masks.py", "data/imaging/lung_outline.py",
+    "data/imaging/study_masks.py", "data/preprocess.py", "data/safe_text.py",
     "evaluation/__init__.py", "evaluation/novelty.py",
     "inference/__init__.py", "inference/artifacts.py", "inference/records.py",
 )  # fmt: skip
@@ -53,7 +53,8 @@ def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
 def members(functions: Functions) -> dict[str, bytes]:
     """Returns the contents of model.pyz as {file name: bytes}."""
     package, reader = Path(lungjax.__file__).parent, Path(flatbuffers.__file__).parent
-    programs = serialized(functions)
+    programs, weights = serialized(functions), io.BytesIO()
+    np.savez(weights, allow_pickle=False, **functions.weights)
     about = {
         "lungjax": lungjax.__version__,
         "jax": jax.__version__,
@@ -69,7 +70,7 @@ def members(functions: Functions) -> dict[str, bytes]:
         **{f"flatbuffers/{file.name}": file.read_bytes() for file in sorted(reader.glob("*.py"))},
         artifacts.ABOUT: (json.dumps(about, indent=1) + "\n").encode(),
         artifacts.MODEL: functions.metadata.to_json().encode(),
-        artifacts.WEIGHTS: _npz(functions.weights),
+        artifacts.WEIGHTS: weights.getvalue(),
         **{artifacts.member(name): program for name, program in programs.items()},
     }
 
@@ -89,13 +90,3 @@ def serialized(functions: Functions) -> dict[str, bytes]:
         if "gradcam" in functions.explainer.methods:
             programs["gradcam"] = convert(functions.gradcam, weights, pixels, targets)
     return programs
-
-
-def _npz(weights: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # np.savez would store the time
-        for name, array in weights.items():
-            member = io.BytesIO()
-            np.lib.format.write_array(member, np.ascontiguousarray(array), allow_pickle=False)
-            archive.writestr(zipfile.ZipInfo(f"{name}.npy", EPOCH), member.getbuffer())
-    return buffer.getvalue()

@@ -19,6 +19,7 @@ from lungjax.config import metadata
 from lungjax.data.batching import pad_batch
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
+from lungjax.data.safe_text import csv_row, cut, printable
 from lungjax.inference import artifacts, records
 
 BATCH = 8
@@ -41,7 +42,7 @@ def main() -> int:
             f"model.pyz: {needs}: pip install scikit-image, or pass --prepared with segmented images", file=sys.stderr
         )
     except (ValueError, OSError) as error:
-        print(f"model.pyz: {error}", file=sys.stderr)
+        print(printable(f"model.pyz: {error}", keep="\n"), file=sys.stderr)
     return 2
 
 
@@ -60,10 +61,10 @@ def predict(flags: argparse.Namespace) -> int:
     files = gather(flags.paths)
     columns = ["file", *records.columns(description), "novelty", "warnings", "error"]
     table = csv.writer(sys.stdout, lineterminator="\n")
-    table.writerow(columns)
+    table.writerow(csv_row(columns))
 
     def write(record: dict[str, Any]) -> None:
-        table.writerow([records.cell(record, column) for column in columns])
+        table.writerow(csv_row(records.cell(record, column) for column in columns))
         sys.stdout.flush()
 
     size, failed = min(BATCH, len(files)), 0
@@ -72,11 +73,11 @@ def predict(flags: argparse.Namespace) -> int:
         inputs = []
         for name in files[at : at + size]:
             try:
-                decoded = images.read(Path(name).read_bytes())[0]
+                decoded = images.read(images.file_bytes(name))[0]
                 inputs.append((name, prepare(decoded, segmented=flags.prepared)))
             except (ValueError, OSError) as error:
                 failed += 1
-                print(f"model.pyz: {name}: {error}", file=sys.stderr)
+                print(printable(f"model.pyz: {name}: {error}"), file=sys.stderr)
                 write(records.failure(name, str(error)))
         if not inputs:
             continue
@@ -87,7 +88,11 @@ def predict(flags: argparse.Namespace) -> int:
         if flags.maps:
             maps = model.gradcam(batch, np.full(size, -1, np.int32))
             for (name, _), heat in zip(inputs, maps, strict=False):
-                save_map(heat, Path(flags.maps), Path(name).stem, names)
+                try:
+                    save_map(heat, Path(flags.maps), cut(Path(name).stem), names)
+                except OSError as error:
+                    failed += 1
+                    print(printable(f"model.pyz: no map of {name}: {error}"), file=sys.stderr)
     print(metadata.NOTICE, file=sys.stderr)
     return 1 if failed else 0
 

@@ -17,13 +17,12 @@ from flax import linen as nn
 
 from lungjax import config as configs
 from lungjax import models
-from lungjax.config import Config, HeadConfig, InputSpec, ModelConfig, TrainConfig, overrides
+from lungjax.config import Config, HeadConfig, InputSpec, ModelConfig, TrainConfig, metadata, overrides
 from lungjax.data import preprocess as preprocessing
 from lungjax.data.imaging import images as image_files
 from lungjax.models import trees
 from lungjax.models.inputs import normalize
 from lungjax.training import state
-from lungjax.training import workdir as workdirs
 from lungjax.weights import catalogue
 from lungjax.weights import load as loading
 
@@ -84,8 +83,8 @@ def create(
     if source.record:
         base, own_classes = source.record.input, source.record.classes
     elif source.run:
-        old = overrides.from_json((source.run / "config.json").read_text())
-        base, own_classes = old.input, len(workdirs.read_data(source.run)["classes"])
+        old = overrides.read(source.run / "config.json")
+        base, own_classes = old.input, len(metadata.read_data(source.run)["classes"])
         if classes is None and head is None:
             model = replace(model, head=old.model.head)
     sides = (size, size) if isinstance(size, int) else size
@@ -151,7 +150,7 @@ def read_images(images: Images, boxes: Boxes = None) -> Iterator[tuple[np.ndarra
 def _read(image: Any, name: str) -> np.ndarray:
     if isinstance(image, str | Path):
         try:
-            return image_files.read(Path(image).read_bytes())[0]
+            return image_files.read(image_files.file_bytes(image))[0]
         except (ValueError, OSError) as error:
             raise ValueError(f"{image}: {error}") from None
     array = np.asarray(image)

@@ -22,7 +22,6 @@ import json
 import re
 import shlex
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -166,20 +165,23 @@ def read_about(path: Path) -> dict[str, Any]:
 
 def _members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            if ABOUT not in archive.namelist():
-                raise ValueError(f"{path}: a zip, but not from lungjax.export (no {ABOUT})")
-            return {name: _member(archive, name, path) for name in names}
-    except zipfile.BadZipFile as error:
+        archive = zipfile.ZipFile(path)
+    except OSError:
+        raise
+    except Exception as error:  # zipfile raises many types for damaged data
         raise ValueError(f"{path}: not a zip, or a damaged one ({error}); copy or export it again") from None
+    with archive:
+        if ABOUT not in archive.namelist():
+            raise ValueError(f"{path}: a zip, but not from lungjax.export (no {ABOUT})")
+        return {name: _member(archive, name, path) for name in names}
 
 
 def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
+    if name in archive.namelist() and archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{path}: {name} is compressed, so the file is not from lungjax.export")
     try:
-        if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{path}: {name} is compressed, so the file is not from lungjax.export")
         return archive.read(name)  # verifies its checksum
-    except (KeyError, zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
+    except Exception as error:  # as above
         raise ValueError(f"{path}: {name} is missing or damaged ({error}); copy or export it again") from None
 
 

@@ -16,8 +16,9 @@ import numpy as np
 
 from lungjax.config.metadata import Metadata
 from lungjax.data.csv_table import read_table
-from lungjax.data.folder_walk import list_files
+from lungjax.data.folder_walk import check_regular, list_files
 from lungjax.data.imaging import dicom, images, nifti, volumes
+from lungjax.data.imaging.limits import DEFAULT, Limits
 from lungjax.data.imaging.volumes import Windows
 from lungjax.datasets import folder_volumes
 
@@ -36,10 +37,11 @@ class Item:
     series: str = ""  # a key of Inputs.series, or "" for a single image
     short: str = ""  # name below the given folder
     modality: str = ""  # as in DICOM; "CT" for NIfTI volumes
+    limits: Limits = DEFAULT
 
     def read(self) -> np.ndarray:
         """Returns the decoded image, uint8 or uint16, [H, W] or [H, W, 3]."""
-        return images.read(self.data())[0]
+        return images.read(self.data(), limits=self.limits)[0]
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Inputs:
     skipped: int = 0  # DICOM objects without an image of the patient
     documents: int = 0  # files of folders that are not images, such as tables
     stamps: list[tuple[str, int, int]] = field(default_factory=list)  # path, size and time of change of each file
+    limits: Limits = DEFAULT  # of each file
 
     def add(self, item: Item) -> None:
         """Adds an image, and its series if that is new."""
@@ -80,15 +83,15 @@ class Inputs:
         for i in _numbers(shape[volumes.PLANES[data.plane]], data):
             suffix = f"#{data.plane}-{i:04d}"
             slice_data = partial(cut, data.plane, i, data.hu_windows)
-            self.items.append(Item(name + suffix, slice_data, series, short + suffix, "CT"))
+            self.items.append(Item(name + suffix, slice_data, series, short + suffix, "CT", self.limits))
 
 
-def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") -> Inputs:
+def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "", limits: Limits = DEFAULT) -> Inputs:
     """Collects the images in files, folders (recursively) and CSV lists; unusable inputs go to `Inputs.failures`.
 
-    Volumes are cut with the `hu_windows`, `plane` and `position` of the metadata. The first group of the regex
-    `group_pattern`, matched in the path of an image (below a folder, in a list, or as given), names its series. Raises
-    ValueError for an invalid pattern or one without a group.
+    Volumes are cut with the `hu_windows`, `plane` and `position` of the metadata. Files that exceed `limits` fail. The
+    first group of the regex `group_pattern`, matched in the path of an image (below a folder, in a list, or as given),
+    names its series. Raises ValueError for an invalid pattern or one without a group.
     """
     try:
         pattern = re.compile(group_pattern) if group_pattern not in ("", "none") else None
@@ -96,14 +99,18 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
         raise ValueError(f"--group_pattern={group_pattern}: not a regular expression ({error})") from None
     if pattern is not None and pattern.groups < 1:
         raise ValueError(f"--group_pattern={group_pattern}: put parentheses around the part that names the patient")
-    inputs = Inputs()
+    inputs = Inputs(limits=limits)
     series_by_path: dict[str, str] = {}
     headers: dict[str, list[dicom.Header]] = {}
     names: dict[str, tuple[str, str]] = {}  # group and short name of each DICOM slice
     for path, group, short, text in _files(paths, inputs):
         match = pattern.search(text) if pattern and not group else None
         series = group or (match.group(1) or "" if match else "")
-        place = os.path.realpath(path)
+        try:
+            place = os.path.realpath(path)
+        except ValueError as error:  # a null byte in a list
+            inputs.failures.append((str(path), reason(error, str(path))))
+            continue
         if place in series_by_path:
             before = series_by_path[place]
             if before != series:
@@ -112,7 +119,7 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "") ->
             continue
         series_by_path[place] = series
         try:
-            stat = os.stat(path)
+            stat = check_regular(path)
             inputs.stamps.append((place, stat.st_size, stat.st_mtime_ns))
             slices = _add_file(inputs, str(path), series, short, metadata)
         except (ValueError, OSError) as error:
@@ -180,19 +187,19 @@ def _rows(path: Path) -> Iterator[tuple[Path, str, str]]:
 
 def _add_file(inputs: Inputs, path: str, series: str, short: str, metadata: Metadata) -> list[dicom.Header]:
     """Adds a file, or returns its slices if it is from a CT series. Raises ValueError for any other kind of file."""
-    kind = folder_volumes.kind(path)
+    kind, limits = folder_volumes.kind(path), inputs.limits
     if kind == "image":
-        inputs.add(Item(path, Path(path).read_bytes, series, short))
+        inputs.add(Item(path, partial(images.file_bytes, path, limits), series, short, limits=limits))
     elif kind == "nifti":
-        volume, cut = nifti.header(path), partial(nifti.picture, path)
+        volume, cut = nifti.header(path, limits), partial(nifti.picture, path, limits=limits)
         name = inputs.add_volume(path, series, volume.notes, cut, volume.shape)
         inputs.add_slices(path, short, name, cut, volume.shape, metadata)
     elif kind == "dicom":
-        headers = [header for header in dicom.headers(path) if not header.aside]
+        headers = [header for header in dicom.headers(path, limits) if not header.aside]
         if headers and headers[0].modality not in dicom.XRAYS:
             return headers
         if headers:
-            inputs.add(Item(path, partial(dicom.xray, path), series, short, headers[0].modality))
+            inputs.add(Item(path, partial(dicom.xray, path, limits), series, short, headers[0].modality, limits))
         inputs.skipped += not headers
     else:
         raise ValueError(f"unsupported file type; expected {KINDS}")
@@ -209,16 +216,17 @@ def _add_dicom(
 
     def item(header: dicom.Header, series: str) -> Item:
         short = names[str(header.path)][1] + header.name.removeprefix(str(header.path))
-        return Item(header.name, partial(dicom.picture, header, metadata.hu_windows), series, short, "CT")
+        data = partial(dicom.picture, header, metadata.hu_windows, inputs.limits)
+        return Item(header.name, data, series, short, "CT", inputs.limits)
 
     def cut(plane: str, number: int, windows: Windows) -> bytes:
-        series.check(plane)
-        return dicom.cut(series.headers, series.step, plane, number, windows)
+        series.check(plane, inputs.limits)
+        return dicom.cut(series.headers, series.step, plane, number, windows, inputs.limits)
 
     if len(headers) == 1 and plane == series.plane:
         inputs.add(item(headers[0], group))
         return
-    series.check(plane)
+    series.check(plane, inputs.limits)
     files = {str(header.path) for header in headers}
     folder = first if len(files) == 1 else os.path.dirname(first) or first
     name = inputs.add_volume(folder, group, series.notes, cut, series.shape)

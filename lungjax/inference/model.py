@@ -33,7 +33,6 @@ from lungjax.models.batch_norm_folding import FoldedModel
 from lungjax.models.inputs import CPU_BATCH, normalize, prediction_batch_size
 from lungjax.models.ops import conv
 from lungjax.runtime import checkpoint
-from lungjax.training import workdir as workdirs
 
 Forward = Callable[[np.ndarray], dict[str, Any]]  # uint8 [B, H, W, C] -> artifacts.OUTPUTS
 Saliency = Callable[[np.ndarray, np.ndarray, str], np.ndarray]  # pixels, classes int32 [B], method -> [B, H, W]
@@ -187,17 +186,21 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
     command = f"python -m lungjax.main --mode=evaluate --workdir={workdir}"
     if not file.exists():
         raise ValueError(f"{workdir}: no {metadata.FILE}, so the run is not finished; complete it with `{command}`")
-    description, data = metadata.read(file), workdirs.read_data(workdir)
-    config = overrides.from_json((workdir / "config.json").read_text(), str(workdir / "config.json"))
-    variables, step = checkpoint.restore_best(workdir)
-    about = description.about
-    if (tuple(data["classes"]), config.input, step, data.get("fingerprint")) != (
-        description.classes, description.input, about.get("best_step"), about.get("fingerprint")
+    description, data = metadata.read(file), metadata.read_data(workdir)
+    config = overrides.read(workdir / "config.json")
+    classes, about = tuple(data["classes"]), description.about
+    mismatch = f"{file} does not match the weights in checkpoints/best; rewrite it with `{command}`"
+    if (classes, config.input, data["fingerprint"]) != (
+        description.classes, description.input, about.get("fingerprint")
     ):  # fmt: skip
-        raise ValueError(f"{file} does not match the weights in checkpoints/best; rewrite it with `{command}`")
+        raise ValueError(mismatch)
+    module = models.build(config.model, len(classes))
+    image_shape = (*config.input.size, config.input.network_channels)
+    variables, step = checkpoint.restore_best(workdir, models.abstract_variables(module, image_shape))
+    if step != about.get("best_step"):
+        raise ValueError(mismatch)
     variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats") or {}}
     variables = jax.tree.map(jnp.asarray, variables)  # transferred to the device once, not per call
-    module = models.build(config.model, len(description.classes))
     return Network(config, description.classes, module, variables, step), description
 
 

@@ -60,9 +60,8 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
 
     Fields of `config` that are None take the value published for the architecture. `remat` recomputes the activations
     of each block in the backward pass. `platform` ("cpu", "gpu", "tpu", None: the default) sets the default dtype.
-
-    Raises ValueError for an unknown name, for a padding, epsilon, drop_path or dropout that the network does not
-    support, for fewer than two classes, and for a sigmoid with more than two.
+    Raises ValueError for an unknown name, a padding, epsilon, drop_path or dropout that the network does not support,
+    fewer than two classes, and a sigmoid with more than two.
     """
     check_name(config.name)
     platform = platform or jax.default_backend()
@@ -84,7 +83,12 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
 
 
 @cache  # tracing a deep network takes seconds
+def abstract_variables(module: nn.Module, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Returns all parameters and statistics as `jax.ShapeDtypeStruct`, for images of [height, width, channels]."""
+    return dict(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)))
+
+
 def leaf_shapes(module: nn.Module, image_shape: tuple[int, ...]) -> Mapping[str, Any]:
     """Returns the shapes of all parameters and statistics by path, for images of [height, width, channels]."""
-    variables = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
+    variables = abstract_variables(module, image_shape)
     return {path: leaf.shape for tree in variables.values() for path, leaf in trees.flatten(tree).items()}

@@ -83,7 +83,7 @@ class Downsample(nn.Module):
 class ConvNeXt(Network):
     """A stem of stride 4 and stages of blocks, with downsampling before all stages but the first."""
 
-    depths: tuple[int, ...]  # blocks per stage
+    stages: tuple[int, ...]  # blocks
     widths: tuple[int, ...]  # channels per stage
     drop_path: float  # of the last block; rises linearly from 0 at the first
     grn: bool = False  # V2
@@ -94,8 +94,8 @@ class ConvNeXt(Network):
         conv = partial(Conv, padding="VALID", use_bias=True, dtype=self.dtype, kernel_init=KERNEL_INIT)
         norm = partial(nn.LayerNorm, epsilon=EPSILON, use_fast_variance=False, dtype=self.dtype)  # see head.NORMS
         x = norm(name="stem_norm")(conv(self.widths[0], 4, 4, name="stem_conv")(x))  # [B, H // 4, W // 4, widths[0]]
-        number, last = 0, max(sum(self.depths) - 1, 1)
-        for s, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True), 1):
+        number, last = 0, max(sum(self.stages) - 1, 1)
+        for s, (depth, width) in enumerate(zip(self.stages, self.widths, strict=True), 1):
             if s > 1:
                 x = Downsample(width, conv, norm, name=f"stage{s}_downsample")(x)
             for i in range(1, depth + 1):
@@ -104,9 +104,6 @@ class ConvNeXt(Network):
                 x = self.run(block, x, train=train)
                 number += 1
         return x
-
-    def _stride(self) -> int:
-        return 2 ** (len(self.depths) + 1)
 
 
 SHALLOW, DEEP = (3, 3, 9, 3), (3, 3, 27, 3)

@@ -29,11 +29,10 @@ class DenseLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to the new channels, [B, H, W, growth]."""
-        conv, norm = self.conv, self.norm
-        x = norm(name="bn1")(x, train=train, activation=nn.relu)
-        x = conv(BOTTLENECK * self.growth, 1, name="conv1")(x)
-        x = norm(name="bn2")(x, train=train, activation=nn.relu)
-        return conv(self.growth, 3, padding=1, name="conv2")(x)
+        x = self.norm(name="bn1")(x, train=train, activation=nn.relu)
+        x = self.conv(BOTTLENECK * self.growth, 1, name="conv1")(x)
+        x = self.norm(name="bn2")(x, train=train, activation=nn.relu)
+        return self.conv(self.growth, 3, padding=1, name="conv2")(x)
 
 
 class Transition(nn.Module):
@@ -52,7 +51,7 @@ class Transition(nn.Module):
 class DenseNet(Network):
     """Stem of stride 4, stages of dense layers with a transition after each but the last, then norm and ReLU."""
 
-    depths: tuple[int, ...]  # layers per stage
+    stages: tuple[int, ...]  # layers
     growth: int = 32  # channels that each layer adds
     momentum: float = 0.99  # of batch norm: decay of the running statistics
     epsilon: float = 1.001e-5  # of batch norm
@@ -69,17 +68,14 @@ class DenseNet(Network):
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
         x = conv(2 * self.growth, 7, 2, 3, name="stem_conv")(x)  # [B, H / 2, W / 2, 2 * growth]
         x = max_pool(norm(name="stem_bn")(x, train=train, activation=nn.relu), 3, 2, 1)
-        for number, depth in enumerate(self.depths, 1):
+        for number, depth in enumerate(self.stages, 1):
             maps = [x]
             for i in range(1, depth + 1):
                 layer = DenseLayer(self.growth, conv, norm, name=f"stage{number}_block{i}")
                 maps.append(self.run_part(layer, maps, concatenated))
-            if number < len(self.depths):
+            if number < len(self.stages):
                 x = self.run(Transition(conv, norm, name=f"stage{number}_transition"), maps, concatenated)
         return norm(name="top_bn")(jnp.concatenate(maps, -1), train=train, activation=nn.relu)
-
-    def _stride(self) -> int:
-        return 2 ** (len(self.depths) + 1)
 
 
 DENSENET = {

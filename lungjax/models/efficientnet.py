@@ -121,12 +121,6 @@ class EfficientNet(Network):
         return 2 * math.prod(row.stride for rows in self.stages for row in rows)
 
 
-def make_divisible(channels: float, guard: bool) -> int:
-    """Rounds to the nearest multiple of 8, at least 8; with `guard`, never down by more than 10 %."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if guard and rounded < 0.9 * channels else rounded
-
-
 def expand(stages: tuple[Stage, ...], channels: int, activation: Activation = nn.silu) -> tuple[tuple[Row, ...], ...]:
     """Returns the blocks of each stage that follow a stem of `channels` channels."""
     result = []
@@ -147,11 +141,13 @@ def compound_scale(
 ) -> partial[EfficientNet]:  # fmt: skip
     """Returns a constructor of the network with all widths and depths of `stages` multiplied by `width` and `depth`.
 
-    `lite` drops squeeze-excite and leaves stem, top and the depth of the first and last stage unscaled.
+    Widths are multiples of 8 and, with `guard`, never rounded down by more than 10 %. `lite` drops squeeze-excite and
+    leaves stem, top and the depth of the first and last stage unscaled.
     """
 
     def wide(channels: int) -> int:
-        return make_divisible(channels * width, guard)
+        rounded = max(8, int(channels * width + 4) // 8 * 8)
+        return rounded + 8 if guard and rounded < 0.9 * (channels * width) else rounded
 
     scaled = [s._replace(width=wide(s.width), repeats=math.ceil(s.repeats * depth)) for s in stages]
     stem, top = (stem, 1280) if lite else (wide(stem), wide(1280))

@@ -75,10 +75,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool, activation: Activation | None = None) -> jax.Array:
-        """Normalizes [B, ..., C] with batch statistics and updates the running ones; without `train`, uses the latter.
-
-        An elementwise `activation` is fused into the same pass.
-        """
+        """Normalizes [B, ..., C] with batch statistics, else (without `train`) running ones; `activation` is fused."""
         channels = x.shape[-1:]
         starts = {"mean": jnp.zeros, "var": jnp.ones}
         running = [self.variable("batch_stats", name, f, channels, jnp.float32) for name, f in starts.items()]

@@ -34,18 +34,18 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps [B, H, W, C] to [B, H / stride, W / stride, width]."""
-        conv, norm = self.conv, self.norm
         pads: Padding = ((0, 1), (0, 1)) if self.padding == "same" and self.stride == 2 else self.padding
-        x = conv(x.shape[-1], 3, strides=self.stride, padding=pads, groups=-1, name="dwconv")(x)
-        x = norm(name="dwconv_bn")(x, train=train, activation=nn.relu6)
-        x = conv(self.width, 1, name="conv")(x)
-        return norm(name="bn")(x, train=train, activation=nn.relu6)
+        x = self.conv(x.shape[-1], 3, strides=self.stride, padding=pads, groups=-1, name="dwconv")(x)
+        x = self.norm(name="dwconv_bn")(x, train=train, activation=nn.relu6)
+        x = self.conv(self.width, 1, name="conv")(x)
+        return self.norm(name="bn")(x, train=train, activation=nn.relu6)
 
 
 class MobileNet(Network):
     """MobileNet V1: a stem and five stages of blocks."""
 
     paddings: ClassVar[tuple[str, ...]] = ("same", "symmetric")
+    stem_stride: ClassVar[int] = 1  # times that of the first stage, which has no stride
 
     stages: tuple[tuple[int, int], ...] = ((1, 64), (2, 128), (2, 256), (6, 512), (2, 1024))  # blocks, channels
     stem: int = 32  # channels
@@ -66,9 +66,6 @@ class MobileNet(Network):
                 name = f"stage{number}_block{i}"
                 x = self.run(Block(channels, stride, self.padding, conv, norm, name=name), x, train=train)
         return x
-
-    def _stride(self) -> int:
-        return 2 ** len(self.stages)
 
 
 #        fused, repeats, width, expand, stride

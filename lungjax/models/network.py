@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,9 @@ from lungjax.models.head import Head
 
 
 class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
-    """A backbone followed by the shared head; subclasses define `feature_map` and either `_stride` or `min_side`."""
+    """A backbone with the shared head; subclasses define `feature_map`, and `stages` or `_stride` or `min_side`."""
+
+    stem_stride: ClassVar[int] = 2  # without the factor 2 of each stage
 
     head: HeadConfig = HeadConfig()  # by default that of the original paper
     outputs: int = 1000  # logits
@@ -49,7 +51,7 @@ class Network(nn.Module, kw_only=True):  # type: ignore[call-arg]
 
     def _stride(self) -> int:
         """Returns the total stride of the feature map in pixels."""
-        raise NotImplementedError
+        return int(self.stem_stride * 2 ** len(self.stages))
 
     def up_to(self, layer: str) -> "Network | None":
         """Returns the network that ends with the block `layer`, or None if the block's cells are spread evenly."""

@@ -25,16 +25,6 @@ ALL_BIASED = ("stem_conv", "conv1", "conv2", "conv3", "shortcut_conv")
 EXPANSION = 4  # output channels of a block per channel of its bottleneck
 
 
-def pool_zeros(x: jax.Array) -> jax.Array:
-    """Max-pools x [B, H, W, C] in 3x3 windows of stride 2, padded with zeros (in V2 and BiT, no ReLU precedes it)."""
-    return max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
-
-
-def subsample(x: jax.Array, stride: int) -> jax.Array:
-    """Returns every `stride`-th row and column of x [B, H, W, C] by a single slice; B may be symbolic."""
-    return x if stride == 1 else lax.slice(x, (0, 0, 0, 0), x.shape, (1, stride, stride, 1))
-
-
 class Block(nn.Module):
     """Two 3x3 convolutions, or 1x1, 3x3 and 1x1 ones, plus the input; ReLU follows the sum."""
 
@@ -79,10 +69,12 @@ class PreactBlock(nn.Module):
         """Maps [B, H, W, C] to [B, ceil(H / stride), ceil(W / stride), 4 * width]."""
         width, wide, inputs = self.width, self.width * EXPANSION, x
         x = self.norm_relu(x, f"preact_{self.norm_name}", train)
-        if inputs.shape[-1] == wide:
-            shortcut = subsample(inputs, self.stride)
-        else:
+        if inputs.shape[-1] != wide:
             shortcut = self.conv("shortcut_conv", wide, 1, self.stride)(x)
+        elif self.stride == 1:
+            shortcut = inputs
+        else:  # not x[:, ::2, ::2]: B may be symbolic
+            shortcut = lax.slice(inputs, (0, 0, 0, 0), inputs.shape, (1, self.stride, self.stride, 1))
         for i, (features, size) in enumerate([(width, 1), (width, 3), (wide, 1)], 1):
             x = self.conv(f"conv{i}", features, size, self.stride if i == self.stride_conv else 1)(x)
             x = self.norm_relu(x, f"{self.norm_name}{i}", train) if i < 3 else x
@@ -92,7 +84,7 @@ class PreactBlock(nn.Module):
 class ResNet(Network):
     """Stem, pool and stages of blocks, where each stage is twice as wide as the one before; also used for BiT."""
 
-    repeats: tuple[int, ...]  # blocks per stage
+    stages: tuple[int, ...]  # blocks
     bottleneck: bool = True  # False: two 3x3 convolutions per block
     preact: bool = False  # norm and ReLU before the convolutions: V2, bottlenecks only
     stride_conv: int = 2  # number of the convolution that has the stride of a block
@@ -122,18 +114,18 @@ class ResNet(Network):
         block = partial(Block, bottleneck=self.bottleneck, norm=norm)
         block = partial(PreactBlock, norm_relu=norm_relu, norm_name=norm_name) if self.preact else block
         x = conv("stem_conv", self.width, 7, 2)(x)  # [B, H / 2, W / 2, width]
-        x = pool_zeros(x) if self.preact else max_pool(norm_relu(x, "stem_bn", train), 3, 2, "SYMMETRIC")
-        for number, repeats in enumerate(self.repeats, 1):
+        if self.preact:  # no ReLU precedes the pool, so its padding is zero
+            x = max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
+        else:
+            x = max_pool(norm_relu(x, "stem_bn", train), 3, 2, "SYMMETRIC")
+        for number, repeats in enumerate(self.stages, 1):
             strided_block = repeats if self.stride_last else 1
-            strided_stage = number < len(self.repeats) if self.stride_last else number > 1
+            strided_stage = number < len(self.stages) if self.stride_last else number > 1
             for i in range(1, repeats + 1):
                 stride = 2 if strided_stage and i == strided_block else 1
                 width, name = self.width * 2 ** (number - 1), f"stage{number}_block{i}"
                 x = self.run(block(width, stride, self.stride_conv, conv=conv, name=name), x, train=train)
         return norm_relu(x, f"top_{norm_name}", train) if self.preact else x
-
-    def _stride(self) -> int:
-        return 2 ** (len(self.repeats) + 1)
 
 
 R50, R101, R152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)

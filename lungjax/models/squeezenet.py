@@ -17,7 +17,7 @@ from lungjax.models.layers import Conv, Layer, max_pool
 from lungjax.models.network import Network
 
 KERNEL_INIT = nn.initializers.variance_scaling(2.0, "fan_in", "uniform")
-WIDTHS = (((16, 64), (16, 64)), ((32, 128), (32, 128)), ((48, 192), (48, 192), (64, 256), (64, 256)))
+STAGES = (((16, 64), (16, 64)), ((32, 128), (32, 128)), ((48, 192), (48, 192), (64, 256), (64, 256)))
 
 
 class Fire(nn.Module):
@@ -38,14 +38,14 @@ class Fire(nn.Module):
 class SqueezeNet(Network):
     """Convolution of stride 2, then stages that each start with a max pool."""
 
-    widths: tuple[tuple[tuple[int, int], ...], ...] = WIDTHS  # squeeze and expand channels per module and stage
+    stages: tuple[tuple[tuple[int, int], ...], ...] = STAGES  # squeeze and expand channels of each module
     head: HeadConfig = field(default=HeadConfig(pool="class_map", dropout=0.5), kw_only=True)
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, (H - 1) // 16, (W - 1) // 16, 512]."""
         conv = partial(Conv, use_bias=True, dtype=self.dtype, kernel_init=KERNEL_INIT)
         x = nn.relu(conv(64, 3, 2, "VALID", name="stem_conv")(x))
-        for number, rows in enumerate(self.widths, 1):
+        for number, rows in enumerate(self.stages, 1):
             x = max_pool(x, 3, 2, [(0, (side - 3) % 2) for side in x.shape[1:3]])
             for i, (squeeze, expand) in enumerate(rows, 1):
                 x = self.run(Fire(squeeze, expand, conv, name=f"stage{number}_block{i}"), x)
@@ -54,9 +54,6 @@ class SqueezeNet(Network):
     def min_side(self, cells: int) -> int:
         """Returns the smallest side in pixels for `cells` cells per side of the feature map."""
         return super().min_side(cells) + 1  # the first convolution has no padding
-
-    def _stride(self) -> int:
-        return 2 ** (1 + len(self.widths))
 
 
 SQUEEZENET = {"squeezenet1_1": SqueezeNet}

@@ -8,7 +8,7 @@ published weights need a 7 x 7 map, hence images of 224 x 224.
 
 from dataclasses import field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from flax import linen as nn
@@ -34,20 +34,19 @@ class Block(nn.Module):
 class Vgg(Network):
     """Stages of convolutions, each followed by a pool."""
 
-    repeats: tuple[int, ...]  # convolutions per stage
+    stem_stride: ClassVar[int] = 1
+
+    stages: tuple[int, ...]  # convolutions
     widths: tuple[int, ...] = (64, 128, 256, 512, 512)  # channels per stage
     head: HeadConfig = field(default=HeadConfig(pool="flatten", hidden=(4096, 4096)), kw_only=True)
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Maps images [B, H, W, C] to [B, H / 32, W / 32, 512]."""
-        for number, (repeats, width) in enumerate(zip(self.repeats, self.widths, strict=True), 1):
+        for number, (repeats, width) in enumerate(zip(self.stages, self.widths, strict=True), 1):
             for i in range(1, repeats + 1):
                 x = self.run(Block(width, self.dtype, name=f"stage{number}_block{i}"), x)
             x = max_pool(x, 2, 2)  # [B, H / 2, W / 2, width]; an odd map loses its last row and column
         return x
-
-    def _stride(self) -> int:
-        return 2 ** len(self.repeats)
 
 
 VGG = {"vgg16": partial(Vgg, (2, 2, 3, 3, 3)), "vgg19": partial(Vgg, (2, 2, 4, 4, 4))}

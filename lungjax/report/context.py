@@ -68,10 +68,7 @@ def build(
     summary: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the context of report.html.j2 and report.md.j2; see `write.write_report` for other parameters.
-
-    `files` are the figures in `plots`, in order; they are keys of CAPTIONS. Raises OSError for a missing figure.
-    """
+    """Returns the context of report.html.j2 and report.md.j2; `files` are keys of CAPTIONS, in order, in `plots`."""
     facts = report["facts"]
     unit = report["unit"]
     heat_maps = f" Heat maps: {facts['heat_maps']}." if "heat_maps" in facts else ""

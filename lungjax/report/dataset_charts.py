@@ -73,7 +73,7 @@ def source_bars(counts: Mapping[str, Sequence[int]], classes: Sequence[str], pat
 
 def size_bubbles(sizes: np.ndarray, labels: np.ndarray, classes: Sequence[str], path: Path) -> None:
     """Draws a bubble per image size and class; its area is the share of the class. `sizes` [N, 2]: (width, height)."""
-    columns = min(len(classes), 4 if len(classes) != 3 else 3)
+    columns = min(len(classes), 4)
     rows = math.ceil(len(classes) / columns)
     max_width, max_height = sizes.max(axis=0).tolist()
     wide = 8.8 / max(columns, 2) - 0.15  # inches

@@ -1,7 +1,6 @@
 """Contact sheets for a data set's page: samples, stages, augmented images and duplicates."""
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from lungjax import datasets
 from lungjax.config import AugmentConfig, InputSpec
 from lungjax.data import augment, prepared, statistics
+from lungjax.data import summary as summaries
 from lungjax.data.imaging import images, lung_masks, study_masks
 from lungjax.data.pipeline import Reader
 from lungjax.data.prepared import Prepared
@@ -46,9 +46,7 @@ class View:
     @cached_property
     def summary(self) -> dict[str, Any]:
         """Contents of the data set's summary.json."""
-        path = prepared.directory(self.data_dir, self.data.name) / "summary.json"
-        summary: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        return summary
+        return summaries.read(prepared.directory(self.data_dir, self.data.name))
 
     @cached_property
     def typical_row(self) -> int:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from lungjax.report import context, dataset_charts, dataset_images
 from lungjax.report.dataset_images import View
 from lungjax.report.templating import Figure, Table, render
 from lungjax.runtime import environment
+from lungjax.runtime.files import atomic_folder
 
 MAX_HISTOGRAMS = 2000  # images that the histograms read
 MAX_ROWS = 10  # sources with a curve, sizes in the table
@@ -38,9 +38,8 @@ def write(
     """Writes figures and index.html into `out`, a new or empty folder that appears when complete; returns the page.
 
     `data` is prepared in `data_dir`. `augmentations` are configurations by name; {} selects the default. `stages` says
-    whether to segment bodies and lungs; None does so if the data set was prepared with masks. `seed` selects the sample
-    of `samples` images per class. Raises ValueError if `out` is not empty, an augmentation needs body masks that the
-    data set lacks, or an image can't be read.
+    whether to segment bodies and lungs; None: if masks were prepared. `seed` selects `samples` images per class. Raises
+    ValueError if `out` is not empty, an augmentation needs missing body masks, or an image can't be read.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out={out} is not empty: choose a new folder, or delete this one")
@@ -50,14 +49,11 @@ def write(
     for name, config in augmentations.items():
         if config.exterior and not data.body:
             raise ValueError(f"--augment={name} needs body masks, which {data.name} lacks; only CT data sets have them")
-    partial = out.with_name(f"{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # from a killed run
-    partial.mkdir(parents=True)
-    page = _context(View(data, data_dir, partial, seed, masks), augmentations, samples)
-    (partial / "index.html").write_text(render("dataset.html.j2", **page), "utf-8")
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+    out.mkdir(parents=True, exist_ok=True)
+    out.rmdir()
+    with atomic_folder(out, "index.html") as partial:
+        page = _context(View(data, data_dir, partial, seed, masks), augmentations, samples)
+        (partial / "index.html").write_text(render("dataset.html.j2", **page), "utf-8")
     return out / "index.html"
 
 

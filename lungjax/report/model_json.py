@@ -11,6 +11,7 @@ from lungjax.config.metadata import HU_WINDOWS, NOTICE, Metadata
 from lungjax.data import preprocess
 from lungjax.data.imaging import images
 from lungjax.data.prepared import Prepared
+from lungjax.data.summary import split_counts
 from lungjax.evaluation import novelty, outliers
 from lungjax.models.outputs import positive_class
 
@@ -21,10 +22,7 @@ SCORES = ("n", "accuracy", "balanced_accuracy", "auc_macro", "ece")
 
 
 def fit_novelty(data: Prepared) -> novelty.Novelty | None:
-    """Fits the novelty score to at most MAX_IMAGES readable images per split, and measures what it detects.
-
-    Returns None for too few images.
-    """
+    """Fits the novelty score to at most MAX_IMAGES readable images per split; returns None for too few images."""
     try:
         train, val, test = (_pictures(data, split) for split in ("train", "val", "test"))
         return novelty.fit(train, val, test, _outliers(data))
@@ -62,13 +60,13 @@ def describe(
 ) -> Metadata:
     """Returns the content of model.json for a run that was just tested; `config` is complete and `data` is its data.
 
-    `report` is the content of report.json, which has temperature and operating points; `detector` comes from
-    `fit_novelty` and `dataset` from `datasets.describe`.
+    `report` is the content of report.json, `detector` is from `fit_novelty`, `dataset` from `datasets.describe`.
     """
     name, _ = datasets.resolve(data.name)
     volumes = data.volumes or {}
     facts, box = report["facts"], _box(config, data)
     about = dataset.get("about") or {}
+    several = len(np.unique(data.columns["group"])) < len(data.columns["group"])  # images of some patient
     return Metadata(
         name=config.name,
         classes=data.classes,
@@ -88,7 +86,7 @@ def describe(
         points=report.get("operating_points", {}),
         scores={level: _scores(report["test"][level]) for level in ("slice", "patient")},
         counts=facts.get("counts", {}),
-        patients=_patients(data),
+        patients={s: n["groups"] for s, n in split_counts(data).items()} if several else {},
         novelty=None if detector is None else detector.to_dict(),
         about={
             "notice": NOTICE,
@@ -102,19 +100,6 @@ def describe(
             **{key: facts.get(key) for key in ("parameters", "best_step", "fingerprint", "commit", "versions")},
         },
     )
-
-
-def _patients(data: Prepared) -> dict[str, dict[str, int]]:
-    """Returns the number of patients of each split and class; {} if every patient has only one image."""
-    groups = data.columns["group"]
-    if len(np.unique(groups)) == len(groups):
-        return {}
-    counts = {}
-    for split in ("train", "val", "test"):
-        rows = np.unique(data.rows(split))
-        labels = data.columns["label"][rows]
-        counts[split] = {name: len(np.unique(groups[rows][labels == i])) for i, name in enumerate(data.classes)}
-    return counts
 
 
 def _box(config: Config, data: Prepared) -> str:

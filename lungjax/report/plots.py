@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lungjax.data.statistics import take_turns
 from lungjax.evaluation import metrics, operating_points
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import contact_sheet, style
@@ -23,10 +24,7 @@ MAX_PANELS = 12  # classes with a decision curve
 def training_curves(
     history: Sequence[Mapping[str, Any]], path: Path, monitor: str, best_step: int | None = None
 ) -> None:
-    """Draws the loss, the validation metric `monitor` and the learning rate by step; marks `best_step`.
-
-    `history` has the rows of metrics.jsonl, with `step` and any of `train.loss`, `lr`, `val.slice.loss`, `val.MONITOR`.
-    """
+    """Draws loss, `val.MONITOR` and learning rate of the rows of metrics.jsonl by step; marks `best_step`."""
     panels: list[tuple[str, list[str]]] = [("Loss", ["train.loss", "val.slice.loss"])]
     if monitor != "slice.loss":
         panels.append((f"Validation {monitor}", [f"val.{monitor}"]))
@@ -113,10 +111,7 @@ def confusion_cells(axis: "Axes", counts: np.ndarray, shares: bool, fontsize: fl
 
 
 def curves(kind: str, predictions: Predictions, path: Path) -> None:
-    """Draws the "roc" or "pr" (precision-recall) curve of each class against the rest, and the pooled (micro) curve.
-
-    The legend lists the areas; a class without positives or negatives has no curve.
-    """
+    """Draws the "roc" or "pr" (precision-recall) `curve` of each class against the rest and the pooled (micro) one."""
     p, classes = predictions, predictions.classes
     figure = style.figure(8.4, 5.6, layout="compressed")
     axis = figure.subplots()
@@ -148,10 +143,7 @@ def square(axis: "Axes", kind: str) -> None:
 
 
 def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, look: Mapping[str, Any]) -> float:
-    """Draws a "roc" or "pr" curve of `positive` [N] bool and `scores` [N]; returns its AUC or average precision.
-
-    Without positives or negatives, the curve is empty and its area is NaN.
-    """
+    """Draws the "roc" or "pr" curve of `positive` [N] bool and `scores` [N]; returns its area, NaN if it is empty."""
     from sklearn.metrics import precision_recall_curve, roc_curve  # here: it takes two seconds to import
 
     area = {"roc": metrics.auc, "pr": metrics.average_precision}[kind](positive, scores)
@@ -183,10 +175,7 @@ def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarr
 
 
 def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, heats: np.ndarray, path: Path) -> None:
-    """Draws the misclassified images of M >= 1 `rows`, each next to a copy with the heat map of its predicted class.
-
-    `images` uint8 [M, h, w, 1 or 3] are the network's input; `heats` [M, h, w] are in 0..1.
-    """
+    """Draws misclassified images, uint8 [M, h, w, 1 or 3], each next to a copy with its heat map [h, w] in 0..1."""
     p, tiles = predictions, []
     for row, image, heat in zip(rows, images, heats, strict=True):
         lines = [str(p.ids[row])]
@@ -200,10 +189,9 @@ def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, 
 
 
 def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], list[int]]:
-    """Returns up to `count` rows of correct and up to `count` of wrong predictions, alternating between true classes.
+    """Returns up to `count` rows of correct and of wrong predictions, alternating between true classes.
 
-    Correct predictions are spread evenly over the rows of a class. Wrong ones are in order of falling probability, with
-    the first image of each patient before any further images.
+    Correct ones are spread evenly over a class; wrong ones fall in probability, the first image of each patient first.
     """
     p, predicted = predictions, predictions.predicted
     confidence = p.probabilities.max(axis=1)
@@ -218,19 +206,11 @@ def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], li
         again[np.unique(p.groups[rows], return_index=True)[1]] = False
         again[p.groups[rows] == ""] = False
         wrong.append([*rows[~again].tolist(), *rows[again].tolist()])
-    return _take_turns(right, count), _take_turns(wrong, count)
-
-
-def _take_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
-    turns = [items[i] for i in range(count) for items in lists if i < len(items)]
-    return turns[:count]
+    return take_turns(right, count), take_turns(wrong, count)
 
 
 def reliability(kinds: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
-    """Draws accuracy by confidence (the highest probability), and the number of examples per bin.
-
-    `kinds` are the bins (`calibration.bins`) by label: "uncalibrated" and "calibrated" probabilities.
-    """
+    """Draws accuracy by confidence (the highest probability) and examples per bin of `calibration.bins`, by label."""
     figure = style.figure(5.6, 6.4)
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     upper.plot([0, 1], [0, 1], color="#BBBBBB", linewidth=1.2, zorder=1, label="perfect calibration")

@@ -11,6 +11,7 @@ is renamed to STEP.damaged when a run resumes from the one before it; it is then
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -24,8 +25,9 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from lungjax.config.schema import parse_json
 from lungjax.runtime import distributed
-from lungjax.runtime.files import atomic_write, sync_folder
+from lungjax.runtime.files import atomic_write, sync_path
 
 PROGRESS = "progress.json"
 CHECKSUMS = "checksums.json"  # {file: [bytes, crc32]} of all other files of a checkpoint
@@ -147,29 +149,38 @@ def newest(workdir: Path, kind: str) -> int | None:
     return max(_steps(workdir / "checkpoints" / kind), default=None)
 
 
-def restore_best(workdir: Path, abstract_variables: dict[str, Any] | None = None) -> tuple[dict[str, Any], int]:
+def restore_best(workdir: Path, abstract_variables: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """Returns a run's best variables and their step; reports and skips a damaged checkpoint. Call on all hosts.
 
-    Changes no files, so the run may still be training. `abstract_variables` are shapes with shardings; None restores
-    numpy arrays on this host. Raises ValueError if no checkpoint is intact, or if it belongs to another network.
+    Changes no files, so the run may still be training. `abstract_variables` are shapes with shardings; without
+    shardings, numpy arrays are restored on this host. Raises ValueError if no checkpoint is intact, or if it belongs to
+    another network.
     """
     folder = workdir / "checkpoints" / "best"
     step, _ = _newest_valid(folder)
     if step is None:
         raise ValueError(f"{workdir}: no best weights yet; train first (--mode=train)")
     path = folder / str(step)
-    if abstract_variables is None:  # orbax would restore to the devices of that run, which may not exist here
+    _check_same(path, "variables", abstract_variables)
+    if any(leaf.sharding is None for leaf in jax.tree.leaves(abstract_variables)):
+        # Orbax would restore to the devices of that run, which may not exist here.
         abstract_variables = jax.tree.map(
             lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), _metadata(path, "variables")
         )
-    else:
-        _check_same(path, "variables", abstract_variables)
     return ocp.load_checkpointables(path.absolute(), {"variables": abstract_variables})["variables"], step
 
 
+def check_network(workdir: Path, abstract_state: Any) -> None:
+    """Raises ValueError if the newest intact state does not match `abstract_state`. Call on the first host only."""
+    folder = workdir / "checkpoints" / "last"
+    step, _ = _inspect(folder)
+    _check_same(folder / str(step), "state", abstract_state)
+
+
 def _steps(folder: Path) -> list[int]:
-    """Returns the steps of the checkpoints in a folder in ascending order, intact or damaged."""
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    """Returns the steps of the checkpoints in a folder in ascending order, intact or damaged; ignores other names."""
+    entries = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(p.name) for p in entries if re.fullmatch("0|[1-9][0-9]*", p.name) and p.is_dir())
 
 
 def _newest_valid(folder: Path) -> tuple[int | None, list[Path]]:
@@ -198,11 +209,16 @@ def _inspect(folder: Path) -> tuple[int | None, list[Path]]:
 def _corruption(path: Path) -> str | None:
     """Returns how a checkpoint is damaged, or None if it is intact."""
     try:
-        checksums = json.loads((path / CHECKSUMS).read_text())
+        checksums = parse_json((path / CHECKSUMS).read_bytes(), CHECKSUMS)
         files = [(name, int(size), int(checksum)) for name, (size, checksum) in checksums.items()]
+        present = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file() and p.name[0] != "."}
+        if unlisted := sorted(present - checksums.keys() - {CHECKSUMS}):
+            return f"{unlisted[0]} is not in {CHECKSUMS}"
+        if not files or any(Path(name).is_absolute() or ".." in Path(name).parts for name in checksums):
+            return f"{CHECKSUMS} is empty or names files outside of the checkpoint"
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
-    except (OSError, ValueError, TypeError, AttributeError):  # the last three come from unexpected content
+    except (OSError, ValueError, TypeError):  # the last two come from unexpected content
         return f"{CHECKSUMS} can't be read"
     for name, size, checksum in files:
         try:
@@ -233,7 +249,7 @@ def _commit(folder: Path, step: int) -> None:
     files = sorted(p for p in path.rglob("*") if p.is_file())
     checksums = {p.relative_to(path).as_posix(): [p.stat().st_size, _checksum(p, sync=True)] for p in files}
     for parent in path.rglob("*/"):
-        sync_folder(parent)
+        sync_path(parent)
     atomic_write(path / CHECKSUMS, json.dumps(checksums, indent=1))
     _install(path)
 
@@ -244,14 +260,14 @@ def _install(path: Path) -> None:
     if final.exists():
         _remove(final)
     path.rename(final)
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def _remove(path: Path) -> None:
     """Deletes a checkpoint; renames it first, so that a partly deleted one is never read."""
     doomed = path.with_suffix(".deleted")
     path.rename(doomed)
-    shutil.rmtree(doomed)
+    shutil.rmtree(doomed) if doomed.is_dir() else doomed.unlink()
 
 
 def _open(folder: Path) -> None:
@@ -270,7 +286,7 @@ def _clear(folder: Path) -> None:
     for path in folder.iterdir():
         if path.suffix == ".partial" and (path / CHECKSUMS).exists():
             _install(path)
-        elif path.suffix in (".partial", ".deleted") or path.name.endswith(".orbax-checkpoint-tmp"):
+        elif path.is_dir() and (path.suffix in (".partial", ".deleted") or path.name.endswith(".orbax-checkpoint-tmp")):
             shutil.rmtree(path)
 
 
@@ -285,8 +301,11 @@ def _make_room(folder: Path, step: int, size: int) -> None:
 
 
 def _metadata(path: Path, name: str) -> Any:
-    """Returns the shapes and types of a tree in a checkpoint, without its values."""
-    return ocp.checkpointables_metadata(path.absolute()).metadata[name]
+    """Returns the shapes and types of a tree in a checkpoint, without its values. Raises ValueError if damaged."""
+    try:
+        return ocp.checkpointables_metadata(path.absolute()).metadata[name]
+    except Exception as error:  # of many types
+        raise ValueError(f"{path}: not a checkpoint of lungjax ({str(error) or repr(error):.200})") from error
 
 
 def _check_same(path: Path, name: str, abstract_tree: Any) -> None:

@@ -1,5 +1,6 @@
 """Support for runs on several hosts: start-up, agreement and errors. On a single host every function is trivial."""
 
+import errno
 import hashlib
 import os
 import sys
@@ -54,7 +55,11 @@ def is_first_host() -> bool:
 def print_once(line: str) -> None:
     """Prints a line on the first host, above its progress bar."""
     if is_first_host():
-        tqdm.write(line)
+        try:
+            tqdm.write(line)
+        except OSError as error:
+            if error.errno != errno.EIO:  # of a closed terminal, whose SIGHUP is handled by `signals`
+                raise
 
 
 def broadcast_int(value: int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 PARTIAL = ".partial-"  # prefix of unfinished files
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def lock(file: IO[str], message: str) -> None:
@@ -25,6 +26,17 @@ def lock(file: IO[str], message: str) -> None:
 
 
 @contextmanager
+def name_disk_errors(path: Path) -> Iterator[None]:
+    """Adds `path` to the error of a full disk, which names no file or a partial one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL and (error.filename is None or PARTIAL in str(error.filename)):
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a path to write to. If the body succeeds, that file replaces `path`; otherwise, the file is removed.
 
@@ -32,11 +44,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{PARTIAL}{uuid.uuid4().hex}{path.suffix}")
     try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        sync_folder(path.parent)
+        with name_disk_errors(path):
+            yield partial
+            sync_path(partial)
+            os.replace(partial, path)
+            sync_path(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -47,9 +59,9 @@ def atomic_write(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace", newline="")
 
 
-def sync_folder(folder: Path) -> None:
-    """Writes the entries of a folder to disk, so that a new or renamed file survives a power loss."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync_path(path: Path) -> None:
+    """Writes a file, or the entries of a folder, to disk, so that a new or renamed file survives a power loss."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -69,7 +81,8 @@ def atomic_folder(path: Path, mark: str) -> Iterator[Path]:
     partial, old = path.with_name(f".{token}"), path.with_name(f".{token}.old")
     partial.mkdir()
     try:
-        yield partial
+        with name_disk_errors(path):
+            yield partial
         if path.exists():
             path.rename(old)
         partial.rename(path)

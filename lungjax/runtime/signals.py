@@ -1,15 +1,17 @@
-"""Graceful shutdown: SIGTERM and Ctrl-C set a flag that the training loop polls between steps, to save the run first.
+"""Graceful shutdown: signals set a flag that the training loop polls between steps, to save the run first.
 
 Schedulers such as SLURM and Kubernetes, and preemptible machines, send SIGTERM a few seconds before they kill a
-process. This module does not import jax, since the commands import it at startup.
+process; a closed terminal sends SIGHUP. This module does not import jax, since the commands import it at startup.
 """
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class Interrupted(KeyboardInterrupt):
@@ -39,12 +41,28 @@ class Watch:
             raise Interrupted(self.number)
 
 
+def repeat_ignored_interrupts() -> None:
+    """Sends Ctrl-C again if Python ignored its KeyboardInterrupt, which it does in garbage collection and finalizers.
+
+    jax's garbage collector callback runs often enough in the first seconds to swallow one Ctrl-C in ten.
+    """
+    default = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()  # when the callback has returned
+        else:
+            default(unraisable)
+
+    sys.unraisablehook = hook
+
+
 @contextmanager
 def watching(preempted: Callable[[int], bool] | None = None) -> Iterator[Watch]:
-    """Keeps SIGTERM and the first Ctrl-C from ending the process; a second Ctrl-C ends it.
+    """Keeps SIGTERM, SIGHUP and the first Ctrl-C from ending the process; a second Ctrl-C ends it.
 
-    `preempted` is that of `distributed`; with several hosts, Ctrl-C becomes a SIGTERM. Outside the main thread, where
-    Python allows no handlers, no signal is caught.
+    `preempted` is that of `distributed`; with several hosts, Ctrl-C and SIGHUP become a SIGTERM. A SIGHUP that `nohup`
+    ignores remains ignored. Outside the main thread, where Python allows no handlers, no signal is caught.
     """
     watch, interrupted = Watch(preempted), False
 
@@ -61,7 +79,8 @@ def watching(preempted: Callable[[int], bool] | None = None) -> Iterator[Watch]:
     if threading.current_thread() is not threading.main_thread():
         yield watch
         return
-    numbers = (signal.SIGINT,) if preempted else (signal.SIGINT, signal.SIGTERM)
+    numbers = [signal.SIGINT] if preempted else [signal.SIGINT, signal.SIGTERM]
+    numbers += [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
     handlers = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield watch

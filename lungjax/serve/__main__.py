@@ -4,6 +4,7 @@ The service has a web page at http://127.0.0.1:8000, and /predict and /explain f
 needs the `serve` extra. After SIGTERM or Ctrl-C it finishes the requests in progress.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -11,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_float("max_request_mb", 256, "Maximum size of a request in MiB.", 0.001)
     flags.DEFINE_float("max_upload_mb", 512, "Maximum size of the uploads of all requests in memory, in MiB.", 0.001)
     flags.DEFINE_integer("max_files", 64, "Maximum number of files in a request.", 1)
-    flags.DEFINE_float("max_megapixels", 30, "Maximum number of pixels of an image, in millions.", 0.0001)
+    cli.define_limit_flags(volumes=False)
     flags.DEFINE_float("max_seconds", 60, "Maximum seconds for decoding a request and computing its response.", 0.01)
 
 
@@ -49,6 +51,9 @@ def main(_: list[str]) -> None:
     # The decoding threads use all cores; numpy's threads would contend with them, which takes five times as long.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would contain uploads
+    with contextlib.suppress(ValueError, OSError):  # some systems refuse an unlimited number
+        descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))
     from lungjax.runtime import environment
 
     environment.prepare_jax()
@@ -59,7 +64,7 @@ def main(_: list[str]) -> None:
         host=FLAGS.host,
         names=tuple(name.lower() for name in FLAGS.allowed_hosts),
         token=read_token(FLAGS.token_file),
-        file=Limits(int(FLAGS.max_mb * MIB), int(FLAGS.max_megapixels * 1e6)),
+        file=Limits(pixels=int(FLAGS.max_megapixels * 1e6), bytes=int(FLAGS.max_mb * MIB)),
         request_bytes=int(FLAGS.max_request_mb * MIB),
         upload_bytes=int(FLAGS.max_upload_mb * MIB),
         files=FLAGS.max_files,
@@ -102,13 +107,16 @@ def make_server(application: Any, settings: Any) -> Any:
     """Returns a `uvicorn.Server` that logs nothing, since the middleware logs requests."""
     import uvicorn
 
-    from lungjax.serve.protocol import HeadTimeoutProtocol
+    from lungjax.serve.protocol import LimitedProtocol
 
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    limited = descriptors != resource.RLIM_INFINITY
+    connections = min(settings.connections, descriptors // 2) if limited else settings.connections
     logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
     config = uvicorn.Config(
-        application, http=HeadTimeoutProtocol, loop="asyncio", ws="none", lifespan="on", log_config=None,
+        application, http=partial(LimitedProtocol, max_connections=connections),  # type: ignore[arg-type]
+        loop="asyncio", ws="none", lifespan="on", log_config=None,
         access_log=False, server_header=False, proxy_headers=False,
-        limit_concurrency=settings.requests + 1024,  # the middleware rejects requests with a message before that
         backlog=256, timeout_keep_alive=30, timeout_graceful_shutdown=int(settings.seconds) + 5,
     )  # fmt: skip
     return uvicorn.Server(config)

@@ -36,7 +36,7 @@ from lungjax.runtime import environment
 from lungjax.serve import schemas, uploads
 from lungjax.serve.batching import Device
 from lungjax.serve.metrics import Metrics
-from lungjax.serve.middleware import FRAME_POLICY, Guard, error_response
+from lungjax.serve.middleware import FRAME_POLICY, Guard, LoopErrors, error_response
 from lungjax.serve.multipart import Budget, File, receive
 from lungjax.serve.settings import Settings
 from lungjax.serve.uploads import UploadError
@@ -64,6 +64,7 @@ class _Decoded:
     inputs: list[Input] = field(default_factory=list)  # several for a multi-frame file
     series: str = ""
     size: int = 0  # bytes of the decoded images
+    pixels: int = 0
     error: UploadError | None = None
 
 
@@ -74,7 +75,8 @@ class Service:
         self.model, self.settings, self.metadata = model, settings, model.metadata
         self.metrics = Metrics()
         self.device = Device(model, self.metrics, settings, on_failure)
-        self.pool = ThreadPoolExecutor(min(environment.cores(), MAX_DECODERS), "decode")
+        self.decoders = min(environment.cores(), MAX_DECODERS)
+        self.pool = ThreadPoolExecutor(self.decoders, "decode")
         self.budget = Budget(settings.upload_bytes)
         self.metrics.upload_bytes.set_function(lambda: self.budget.bytes)
         self.freed = 0  # bytes since the last `trim_memory`
@@ -82,6 +84,7 @@ class Service:
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         """Starts the compute thread; at shutdown, ends all threads."""
+        asyncio.get_running_loop().set_exception_handler(LoopErrors())
         task = asyncio.create_task(self.device.run())
         yield
         self.device.stop()
@@ -153,9 +156,22 @@ class Service:
         files, count = await receive(request, self.settings, self.budget)
         limits = replace(self.settings.file, frames=1) if kind == "explain" else self.settings.file
         decoded: list[_Decoded] = []
+        turns = asyncio.Semaphore(max(1, self.decoders // 2))  # the other threads decode other requests
+        pixels, max_pixels = 0, self.settings.request_pixels
+
+        async def decode(file: File) -> _Decoded:
+            nonlocal pixels
+            async with turns:
+                if pixels <= max_pixels:
+                    result = await self._run(self._decode, file, limits)
+                    pixels += result.pixels
+                if pixels > max_pixels:
+                    raise UploadError(413, "pixels", f"more than {max_pixels} pixels in all files; send fewer at once")
+                return result
+
         try:
             async with asyncio.timeout(self.settings.seconds):
-                decoded += await asyncio.gather(*(self._run(self._decode, file, limits) for file in files))
+                decoded += await asyncio.gather(*map(decode, files))
                 for file in decoded:
                     if file.error is not None:
                         self.metrics.refused.labels(file.error.reason).inc()
@@ -178,9 +194,10 @@ class Service:
             upload = uploads.read(data, limits, self.metadata.hu_windows, self.metadata.plane)
             del data
             try:
-                size = sum(pixels.nbytes for pixels in upload.images)
+                size = sum(image.nbytes for image in upload.images)
                 inputs = [self.model.prepare(image, modality=upload.modality) for image in upload.images]
-                return _Decoded(file.name, inputs, upload.series, size)
+                pixels = sum(image.shape[0] * image.shape[1] for image in upload.images)
+                return _Decoded(file.name, inputs, upload.series, size, pixels)
             except ValueError as error:
                 raise UploadError(422, "content", str(error)) from None
         except UploadError as error:

@@ -6,9 +6,11 @@ import hashlib
 import hmac
 import ipaddress
 import logging
+import os
 import secrets
 import time
 import traceback
+from collections import defaultdict
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -36,6 +38,9 @@ HEADERS = {
     "cache-control": "no-store",
 }
 DISCARD_SECONDS, DISCARD_BYTES = 1.0, 32 * 2**20  # of the body of a refused request
+TOKEN_DELAY, MAX_TOKEN_DELAY = 0.02, 2.0  # seconds; the first is added for each wrong token of an address
+MAX_ADDRESSES = 1024  # of clients with wrong tokens
+LOG_SECONDS = 60.0  # between two reports of the same repeated event
 CLIENT_CLOSED = 499  # status in log and metrics if the client disconnected before the response, as in nginx
 
 
@@ -43,6 +48,35 @@ def error_response(error: UploadError) -> JSONResponse:
     """Returns the response to a rejected request."""
     headers = {401: {"www-authenticate": "Bearer"}, 503: {"retry-after": "1"}}  # seconds
     return JSONResponse({"error": str(error)}, error.status, headers.get(error.status))
+
+
+class Repeated:
+    """Counts an event that clients can repeat at will, so that it is reported once per interval."""
+
+    def __init__(self) -> None:
+        self.count, self.next_report = 0, 0.0
+
+    def add(self) -> int:
+        """Counts an event; returns the number of events to report now, or 0."""
+        self.count += 1
+        now = time.monotonic()
+        if now < self.next_report:
+            return 0
+        count, self.count, self.next_report = self.count, 0, now + LOG_SECONDS
+        return count
+
+
+class LoopErrors:
+    """Handler for errors in the event loop, as when there are no file descriptors for new connections."""
+
+    def __init__(self) -> None:
+        self.repeated: defaultdict[str, Repeated] = defaultdict(Repeated)
+
+    def __call__(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Reports each type of error once per interval, like `describe`."""
+        error = context.get("exception")
+        if count := self.repeated[type(error).__name__].add():
+            LOG.error("event loop, %d times: %s", count, context["message"] if error is None else describe(error))
 
 
 class Guard:
@@ -53,6 +87,8 @@ class Guard:
         self.pages = pages  # paths of the page's files
         self.running = 0
         metrics.running.set_function(lambda: self.running)
+        self.wrong_tokens: dict[str, int] = {}  # by client address, least recent first
+        self.repeated_tokens = Repeated()
         self.token_digest = hashlib.sha256(settings.token.encode()).digest()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -60,7 +96,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, state = time.perf_counter(), {"images": 0, "status": 0, "read": scope["method"] in ("GET", "HEAD")}
+        start = time.perf_counter()
+        state = {"images": 0, "status": 0, "log": True, "read": scope["method"] in ("GET", "HEAD")}
         scope["lungjax"] = state
 
         async def tracked_receive() -> Any:
@@ -86,17 +123,18 @@ class Guard:
                 headers.setdefault("content-security-policy", POLICY)
                 if not state["read"] and "expect" not in Headers(scope=scope):
                     await discard()
-                if not state["read"]:
+                if not state["read"] or state["status"] == 400:  # the next request may start anywhere
                     headers["connection"] = "close"
             await send(message)
 
         self.running += 1
         try:
             problem = self.check(scope)
+            state["accepted"] = problem is None and scope["path"] in WORK  # keeps its connection open
             if problem is None:
                 await self.app(scope, tracked_receive, tracked_send)
             else:
-                self.metrics.refused.labels(problem.reason).inc()
+                await self.refuse(problem, scope)
                 await error_response(problem)(scope, tracked_receive, tracked_send)
         except ClientDisconnect:
             state["status"] = state["status"] or CLIENT_CLOSED
@@ -113,6 +151,8 @@ class Guard:
     def check(self, scope: Any) -> UploadError | None:
         """Returns the reason to reject a request before its body is read, or None."""
         headers, path = Headers(scope=scope), scope["path"]
+        if "content-length" in headers and "transfer-encoding" in headers:  # proxies disagree on where the body ends
+            return UploadError(400, "framing", "both Content-Length and Transfer-Encoding; send only one of them")
         host = headers.get("host", "")
         if not self.is_own_name(host):
             return UploadError(421, "host", "unknown Host header; start the service with --allowed_hosts=NAME")
@@ -125,10 +165,29 @@ class Guard:
             kind, _, token = headers.get("authorization", "").partition(" ")
             digest = hashlib.sha256(token.strip().encode()).digest()  # of constant length, compared in constant time
             if kind.lower() != "bearer" or not hmac.compare_digest(digest, self.token_digest):
-                return UploadError(401, "token", "the service requires its token: Authorization: Bearer TOKEN")
+                reason = "wrong_token" if "authorization" in headers else "token"
+                return UploadError(401, reason, "the service requires its token: Authorization: Bearer TOKEN")
         if path in WORK and self.running > self.settings.requests:
             return UploadError(503, "requests", "too many requests at once; try again in a second")
         return None
+
+    async def refuse(self, problem: UploadError, scope: Any) -> None:
+        """Counts a rejected request; waits after a wrong token, longer with each one from the same address."""
+        self.metrics.refused.labels(problem.reason).inc()
+        if problem.reason != "wrong_token":
+            return
+        scope["lungjax"]["log"] = False
+        if count := self.repeated_tokens.add():
+            LOG.warning("%d requests with a wrong token", count)
+        address = (scope["client"] or ("",))[0]
+        self.wrong_tokens[address] = failures = self.wrong_tokens.pop(address, 0) + 1
+        if len(self.wrong_tokens) > MAX_ADDRESSES:
+            del self.wrong_tokens[next(iter(self.wrong_tokens))]
+        self.running -= 1
+        try:
+            await asyncio.sleep(min(failures * TOKEN_DELAY, MAX_TOKEN_DELAY))
+        finally:
+            self.running += 1
 
     def is_own_name(self, host: str) -> bool:
         """Returns whether a Host header names the service (or, if public, an IP address); prevents DNS rebinding."""
@@ -149,16 +208,18 @@ class Guard:
         method = scope["method"] if scope["method"] in METHODS else "other"
         self.metrics.requests.labels(path, state["status"]).inc()
         self.metrics.seconds.labels(path).observe(seconds)
-        LOG.info("%s %s %d %.0f ms %d images", method, path, state["status"], 1000 * seconds, state["images"])
+        if state["log"]:
+            LOG.info("%s %s %d %.0f ms %d images", method, path, state["status"], 1000 * seconds, state["images"])
 
 
 def describe(error: BaseException) -> str:
-    """Returns types and locations of an error and its causes, without messages, which may quote an upload."""
+    """Returns types and locations of an error and its causes, without messages that may quote an upload."""
     lines, seen = [], set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         seen.add(id(link))
-        lines.append(type(link).__name__)
+        reason = f" ({os.strerror(link.errno)})" if isinstance(link, OSError) and link.errno else ""
+        lines.append(type(link).__name__ + reason)
         lines += [f"  {f.filename}:{f.lineno} in {f.name}" for f in traceback.extract_tb(link.__traceback__)]
         link = link.__cause__ or link.__context__
     return "\n".join(lines)

@@ -120,7 +120,7 @@ BODY: dict[str, Any] = {
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": reason}
     for status, reason in {
-        400: "Damaged multipart data.",
+        400: "Damaged multipart data, or both Content-Length and Transfer-Encoding.",
         401: "Missing or wrong token.",
         403: "A request from a page of another site.",
         408: "The body arrived too slowly.",

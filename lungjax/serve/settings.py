@@ -19,6 +19,7 @@ class Settings:
     upload_bytes: int = 512 * MIB  # in memory, of all requests
     files: int = 64  # per request
     requests: int = 128  # in progress
+    connections: int = 1024  # open
     queue: int = 256  # images that wait for the device
     explains: int = 32  # saliency maps that wait for the device
     read_seconds: float = 10.0  # to receive a body, plus one second for each 64 KiB
@@ -29,7 +30,14 @@ class Settings:
         """Whether other machines can reach the service."""
         return self.host not in LOOPBACK and not self.host.startswith("127.")
 
+    @property
+    def request_pixels(self) -> int:
+        """The maximum number of pixels of all files of a request."""
+        return 4 * self.file.pixels
+
     def limits(self) -> dict[str, int | float]:
         """Returns the limits that /model reports to clients."""
-        limits = {"files": self.files, "request_bytes": self.request_bytes, "seconds": self.seconds}
-        return limits | {"file_bytes": self.file.bytes} | {k: v for k, v in vars(self.file).items() if k != "bytes"}
+        limits: dict[str, int | float] = {"files": self.files, "request_bytes": self.request_bytes}
+        limits |= {"request_pixels": self.request_pixels, "seconds": self.seconds}
+        limits |= {name: getattr(self.file, name) for name in ("pixels", "min_side", "frames")}
+        return limits | {"file_bytes": self.file.bytes}

@@ -25,7 +25,9 @@ from dataclasses import dataclass, field
 from lungjax import config as configs
 
 SPLITS = ("val", "test")
-METRIC = re.compile(r"(val|test)\.(slice|patient)\.[^@]+|val\.(slice|patient)\.\w+@[1-9]\d*")
+METRIC = re.compile(
+    r"(?=[^@]*$|val\.\w+\.\w+@)(?P<split>val|test)\.(?P<unit>slice|patient)\.(?P<name>[^@]+)(@(?P<validation>[1-9]\d*))?"
+)
 CHARTS = ("bars", "confusions", "curves")
 
 
@@ -40,36 +42,22 @@ class Cell:
     published: float | None  # None if the study printed no number
     decimals: int = 3  # printed digits after the decimal point
     note: str = ""  # one sentence below the table
+    # The parts of `metric`: SPLIT, UNIT, NAME, and the number of a validation (0: of the tested weights).
+    split: str = field(init=False)
+    unit: str = field(init=False)
+    name: str = field(init=False)
+    validation: int = field(init=False)
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an invalid metric or published number."""
+        """Sets the parts of `metric`. Raises ValueError for an invalid metric or published number."""
         where = f"{self.row}, {self.column}"
-        if not METRIC.fullmatch(self.metric):
+        if not (match := METRIC.fullmatch(self.metric)):
             allowed = "SPLIT.UNIT.NAME (SPLIT: val or test; UNIT: slice or patient) or val.UNIT.NAME@VALIDATION"
             raise ValueError(f"{where}: metric {self.metric!r}: expected {allowed}")
+        vars(self).update(match.groupdict(), validation=int(match["validation"] or 0))
         limit = float("inf") if self.name == "loss" else 1.0
         if self.published is not None and not 0 <= self.published <= limit:
             raise ValueError(f"{where}: published {self.published}: a rate must be in 0..1")
-
-    @property
-    def split(self) -> str:
-        """Returns "val" or "test"."""
-        return self.metric.split(".")[0]
-
-    @property
-    def unit(self) -> str:
-        """Returns "slice" or "patient"."""
-        return self.metric.split(".")[1]
-
-    @property
-    def name(self) -> str:
-        """Returns the metric's name within its level, such as "per_class.COV.recall"."""
-        return self.metric.split(".", 2)[2].partition("@")[0]
-
-    @property
-    def validation(self) -> int:
-        """Returns the number of a validation during training, or 0 for a metric of the tested weights."""
-        return int(self.metric.partition("@")[2] or 0)
 
     @property
     def slack(self) -> float:

@@ -43,10 +43,7 @@ def draw(table: Table, results: Sequence[Result], folder: Path) -> dict[str, str
 
 
 def bars(table: Table, results: Sequence[Result], path: Path) -> None:
-    """Draws each cell: our number as a bar with its interval, colored by verdict, and the published number as a mark.
-
-    There is one panel per row, or per column if there are fewer columns. Numbers above 1 and losses are skipped.
-    """
+    """Draws our numbers as bars with intervals, and published ones as marks; no losses, and no numbers above 1."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

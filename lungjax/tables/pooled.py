@@ -24,7 +24,7 @@ def markdown(folder: Path, draws: int) -> str:
     pools: dict[str, dict[str, list[Path]]] = {}  # folders by data set and configuration
     for path in sorted(folder.rglob("config.json")):
         if (path.parent / "predictions_test.csv").exists():
-            config = overrides.from_json(path.read_text("utf-8"), str(path))
+            config = overrides.read(path)
             key = overrides.to_json(replace(config, train=replace(config.train, seed=0)))
             pools.setdefault(config.data.dataset, {}).setdefault(key, []).append(path.parent)
     if not pools:

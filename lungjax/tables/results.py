@@ -87,15 +87,15 @@ class Reader:
         except (ValueError, ImportError, SyntaxError) as error:
             return Group(experiment, (), (State("unusable", str(error)),), {})
         states = runs.agree([runs.check(run, self._options.data_dir, self._table.counts) for run in planned])
-        predictions: list[tuple[Predictions, ...]] = [()] * len(cells.SPLITS)
+        predictions: list[list[Predictions]] = []  # of each finished run, by split
         for i, (run, state) in enumerate(zip(planned, states, strict=True)):
             if state.report is not None:
                 try:
-                    own = [runs.read_predictions(run, state.report, split) for split in cells.SPLITS]
-                    predictions = [(*others, p) for others, p in zip(predictions, own, strict=True)]
+                    predictions.append([runs.read_predictions(run, state.report, split) for split in cells.SPLITS])
                 except (ValueError, KeyError) as error:
                     states[i] = State("damaged", str(error))
-        return Group(experiment, planned, tuple(states), dict(zip(cells.SPLITS, predictions, strict=True)))
+        by_split = {split: tuple(own[i] for own in predictions) for i, split in enumerate(cells.SPLITS)}
+        return Group(experiment, planned, tuple(states), by_split)
 
     def _level(self, group: Group, split: str, unit: str) -> dict[str, Value]:
         """Returns `bootstrap.over_runs` of a finished group, computed once; raises the errors of `over_runs`."""
@@ -171,10 +171,7 @@ def _chosen(table: Table, cell: Cell, tables: Mapping[str, Table], reader: Reade
 def run_missing(
     table: Table, tables: Mapping[str, Table], options: Options, say: Callable[[str], None]
 ) -> dict[str, str]:
-    """Executes the missing, unfinished and damaged runs in sequence; returns {command line: error} for failures.
-
-    Raises `signals.Interrupted` after a signal, once the current run has saved its checkpoint.
-    """
+    """Executes the missing, unfinished and damaged runs; returns {command: error}. Raises `signals.Interrupted`."""
     failures: dict[str, str] = {}
     unprepared: set[str] = set()  # data sets that were reported
     names = cells.experiments(table, tables)

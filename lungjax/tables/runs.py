@@ -111,7 +111,7 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
     if not saved.exists():
         return State("missing", f"no run in {run.folder}")
     try:
-        expected, config = load.resolve(run.config), overrides.from_json(saved.read_text(), str(saved))
+        expected, config = load.resolve(run.config), overrides.read(saved)
     except ValueError as error:
         return State("unusable", str(error))
     difference = overrides.difference(config, expected)
@@ -181,10 +181,7 @@ def listed(numbers: Sequence[int]) -> str:
 
 
 def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predictions:
-    """Returns the uncalibrated predictions of a run, since the studies do not calibrate.
-
-    Raises ValueError if they are missing, damaged or contradict `report`.
-    """
+    """Returns the uncalibrated predictions. Raises ValueError if they are missing, damaged or contradict `report`."""
     path = run.folder / f"predictions_{split}.csv"
     if not path.exists():
         raise ValueError(f"{path} is missing")

@@ -153,10 +153,7 @@ def _describe_cost(cost: dict[str, float], config: Config, topology: str) -> lis
 
 
 def count_collectives(text: str) -> list[tuple[str, str]]:
-    """Returns (kind, description) for each kind of collective in the optimized HLO text of a program.
-
-    A collective that is split over several fusions has a single channel and counts once, as does one in a loop.
-    """
+    """Returns (kind, description) of collectives in optimized HLO; one in several fusions or in a loop counts once."""
     channels: dict[tuple[str, str], str] = {}
     pattern = rf" = (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(.*?channel_id=(\d+)"
     for result, kind, channel in re.findall(pattern, text):

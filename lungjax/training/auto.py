@@ -15,6 +15,7 @@ from lungjax.data.prepared import Prepared
 from lungjax.runtime.checkpoint import is_begun
 from lungjax.runtime.distributed import print_once
 from lungjax.training import program
+from lungjax.training import workdir as workdirs
 from lungjax.weights import download, load
 
 MAX_SMALL = 4000  # training images; five epochs then take about 13 minutes
@@ -24,8 +25,8 @@ def resolve(config: Config, data: Prepared, folder: Path, weights_dir: Path | No
     """Returns `config` with values for the fields in `auto`; a run that has begun keeps those of its config.json."""
     if not config.auto:
         return config
-    if is_begun(folder):
-        saved = overrides.from_json((folder / "config.json").read_text())
+    if is_begun(folder) and "config.json" not in workdirs.lost_files(folder):
+        saved = overrides.read(folder / "config.json")
         fields = [path for path in fields_of(saved) if {path, path.partition(".")[0]} & {*config.auto}]
         for path in fields:
             config = overrides.override(config, f"{path}={fields_of(saved)[path]}")

@@ -37,9 +37,8 @@ def run(
     """Trains and tests one run per fold in WORKDIR/fold0, fold1, ... and writes WORKDIR/report.md on all folds.
 
     Finished folds are skipped, unfinished ones resumed. WORKDIR receives the pooled predictions (with the column
-    `extra_fold`), plots and reports. The other arguments are those of `train.run`.
-
-    Raises ValueError if the data does not allow `count` folds or WORKDIR contains other files, and as `train.run` does.
+    `extra_fold`), plots and reports. The other arguments are those of `train.run`. Raises ValueError if the data does
+    not allow `count` folds or WORKDIR contains other files, and as `train.run` does.
     """
     started = time.time()
     if count < folds.MIN_FOLDS:
@@ -73,7 +72,7 @@ def is_finished(folder: Path, config: Config, data: Prepared) -> bool:
         return False
     workdirs.check(folder, config, "train")
     workdirs.check_same_data(folder, data)
-    saved = overrides.from_json((folder / "config.json").read_text(), str(folder / "config.json"))
+    saved = overrides.read(folder / "config.json")
     return not any(line.split(":")[0] in workdirs.LENGTH_FIELDS for line in overrides.difference(saved, config))
 
 

@@ -48,15 +48,13 @@ def evaluate(
 ) -> Path:
     """Tests the run in `workdir` on another data set; returns WORKDIR/external/NAME/report.md.
 
-    `config` is that of the run; fields that do not change weights may differ. `data_dir` has both data sets, since the
-    run's own is needed to find shared patients. The other data set has the clean protocol; `split` is one of
-    TESTABLE_SPLITS, `label_map` as in `read_map`. `drop_overlap` leaves out patients that the run has seen.
+    `config` is that of the run; fields that do not change weights may differ. `data_dir` has both data sets. The other
+    one has the clean protocol; `split` is one of TESTABLE_SPLITS, `label_map` as in `read_map`; `drop_overlap` drops
+    patients that the run has seen. NAME is `dataset` with "_" for "/", and ends with `split` unless it is test.
 
-    NAME is `dataset` with "_" for "/", and ends with `split` unless it is test; the folder has the same files as a run.
     Temperature and thresholds are those in the run's model.json. If the label map joins or leaves out classes of the
-    run, thresholds are chosen on the run's val split with the label map applied.
-
-    Raises ValueError for a missing run, data set, class or split, or if the run has seen some of the images.
+    run, thresholds are chosen on the run's val split with the label map applied. Raises ValueError for a missing run,
+    data set, class or split, or if the run has seen some of the images.
     """
     started = time.time()
     run = distributed.run_on_all_hosts(lambda: setup.set_up(config, workdir, data_dir, "evaluate", started))
@@ -197,9 +195,9 @@ def map_predictions(
 ) -> Predictions:
     """Converts predictions over the classes of a run to calibrated predictions over the tested classes.
 
-    Sums the probabilities of the members of each class at the run's temperature and normalizes the sums, using the
-    log-sum-exp of logits, which stays accurate for confident networks. The resulting logits are those at temperature 1.
-    `labels` [N] are labels of the other data set, all of them mapped.
+    Adds the probabilities of the members of each class at the run's temperature, by the log-sum-exp of logits, which
+    stays accurate for confident networks; the resulting logits are those at temperature 1. `labels` [N] are labels of
+    the other data set, all of them mapped.
     """
     logits = predicted.logits
     if logits is None:
@@ -219,10 +217,7 @@ def map_predictions(
 
 
 def map_val(val: Predictions, mapping: LabelMap, name: str, temperature: float = 1.0) -> Predictions:
-    """Converts predictions on the run's val split to the tested classes; drops images of other classes.
-
-    Patient names are prefixed with the name of the data set, since the data sets may use the same names.
-    """
+    """Maps predictions on the run's val split; drops other classes, and prefixes patients with the data set's name."""
     indices = {i: k for k, members in enumerate(mapping.members) for i in members}
     own = replace(mapping, labels=tuple(indices.get(i, -1) for i in range(len(val.classes))))
     val = predictions.take(val, np.flatnonzero(np.asarray(own.labels)[val.labels] >= 0))

@@ -9,7 +9,7 @@ import numpy as np
 
 from lungjax import datasets
 from lungjax.config import metadata
-from lungjax.data import pipeline
+from lungjax.data import pipeline, summary
 from lungjax.evaluation import baselines, calibration
 from lungjax.evaluation.predictions import Predictions
 from lungjax.explain import figures, saliency
@@ -69,14 +69,9 @@ def write(
 
 def describe(run: Run) -> dict[str, Any]:
     """Returns the facts about machine, software, data and network for the report."""
-    data = run.data
-    labels = {split: data.columns["label"][data.rows(split)] for split in ("train", "val", "test")}
     return {
-        **workdirs.data_facts(data),
-        "counts": {
-            split: dict(zip(data.classes, np.bincount(n, minlength=len(data.classes)).tolist(), strict=True))
-            for split, n in labels.items()
-        },
+        **workdirs.data_facts(run.data),
+        "counts": {split: counts["images"] for split, counts in summary.split_counts(run.data).items()},
         "parameters": sum(x.size for x in trees.flatten(run.program.abstract_state.params).values()),
         "steps": run.program.steps,
         "compute_type": str(np.dtype(run.program.module.dtype)),

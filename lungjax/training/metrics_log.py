@@ -3,7 +3,8 @@
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from lungjax.data import pipeline
 from lungjax.runtime import distributed
-from lungjax.runtime.files import atomic_write
+from lungjax.runtime.files import atomic_write, name_disk_errors
 from lungjax.runtime.progress_bar import progress_bar
 
 if TYPE_CHECKING:  # `setup` imports this module
@@ -78,7 +79,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         """Writes a row after adding step, epoch and time."""
         row = {"step": step, "epoch": round(step / self.epoch_steps, 4), "time": round(time.time(), 1), **row}
         if distributed.is_first_host():
-            with self.path.open("a") as file:  # closed after each row, which then survives a kill
+            # The file is closed after each row, which then survives a kill.
+            with name_disk_errors(self.path), self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
         if self.events:
             self.events.add_row(row)
@@ -89,14 +91,22 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Returns all rows up to the first damaged line, such as one truncated by a crash."""
+    """Returns all rows. Skips lines that are no rows, such as one truncated by a crash, and prints their number."""
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for line in lines:
+        with suppress(ValueError, TypeError, KeyError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row["step"], int) and all(isinstance(value, int | float | None) for value in row.values()):
+                rows.append(row)
+    if len(rows) < len(lines):
+        _print_skipped(path, len(lines) - len(rows))
     return rows
+
+
+@cache  # a command reads the file several times
+def _print_skipped(path: Path, count: int) -> None:
+    print(f"{path}: skipped {count} damaged line{'s' * (count > 1)}")
 
 
 def truncate(path: Path, step: int, last_validation: int) -> list[dict[str, Any]]:

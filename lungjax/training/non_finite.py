@@ -32,10 +32,7 @@ class NonFiniteError(ValueError):
 
 
 def select(policy: str, finite: jax.Array, updated: TrainState, state: TrainState) -> TrainState:
-    """Returns `updated` if the step was finite, otherwise `state` with only `step` and `bad_steps` advanced.
-
-    Unless the policy is "skip", a bad step also disables all later ones.
-    """
+    """Returns `updated` if the step is finite, else `state` with new counters; only "skip" recovers from a bad step."""
     good = finite if policy == "skip" else finite & (state.bad_steps == 0)
     counted = state.replace(step=updated.step, bad_steps=state.bad_steps + 1)
     return jax.tree.map(lambda x, y: jnp.where(good, x, y), updated, counted)
@@ -63,14 +60,10 @@ def check_steps(
     return finite, None
 
 
-def enable_steps(policy: str, state: TrainState) -> TrainState:
-    """Resets `bad_steps`, which would otherwise disable all steps, unless `policy` is "skip"; returns the new state."""
-    return state if policy == "skip" else state.replace(bad_steps=_full_like(state.bad_steps, 0))
-
-
-def state_before(step: int, state: TrainState) -> TrainState:
-    """Returns the state before the bad `step`; later steps have changed only its counters."""
-    return state.replace(step=_full_like(state.step, step - 1))
+def with_counters(state: TrainState, **values: int) -> TrainState:
+    """Returns the state with new values of `step` or `bad_steps`, all that steps after a bad one have changed."""
+    counters = {name: getattr(state, name) for name in values}
+    return state.replace(**{k: jnp.full_like(x, values[k], device=x.sharding) for k, x in counters.items()})
 
 
 def rewind(
@@ -86,7 +79,3 @@ def rewind(
     restored.skipped_batches = progress.skipped_batches + error.step - int(state.step)
     print_once(f"{error.cause}. Rewinding to step {int(state.step)}; continuing with the examples after that batch")
     return state, restored
-
-
-def _full_like(array: jax.Array, value: int) -> jax.Array:
-    return jnp.full_like(array, value, device=array.sharding)

@@ -20,10 +20,7 @@ TOP, HEAD = (LAST, 0), (LAST, 1)
 
 
 def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Returns the schedule of the learning rate: a linear warm-up, then `optim.schedule` over the remaining steps.
-
-    `optim.schedule_steps` above zero replaces `steps`; later steps use the final rate.
-    """
+    """Returns the schedule: linear warm-up, `optim.schedule` up to `optim.schedule_steps` or `steps`, then constant."""
     rest = max((config.schedule_steps or steps) - config.warmup_steps, 1)
     main: optax.Schedule
     if config.schedule == "cosine":

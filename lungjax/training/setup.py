@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 from lungjax import config as configs
-from lungjax import models
 from lungjax.config import Config
 from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
@@ -18,7 +17,6 @@ from lungjax.datasets import open_dataset
 from lungjax.evaluation import metrics, predict_split
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models import trees
-from lungjax.report.templating import listed
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.signals import Watch
 from lungjax.training import auto, optim, program
@@ -49,10 +47,6 @@ class Run:
                     yield ready.pop(0)
         finally:
             batches.close()  # stops its threads and processes
-
-    def batch_names(self, index: int) -> str:
-        """Returns the names of the first files in training batch `index`."""
-        return listed(self.data.columns["file"][pipeline.batch_rows(self.data, self.config, index)])
 
     def predict(
         self, variables: dict[str, Any], split: str, data: Prepared | None = None, watch: Watch | None = None
@@ -104,14 +98,6 @@ def check_monitor(config: Config, data: Prepared) -> None:
         raise ValueError(f"train.monitor={name!r}: {configs.nearest(name, scores)}")
     if scores[name] is None:
         raise ValueError(f"train.monitor={name} is undefined on the val split (a class is missing); use slice.accuracy")
-
-
-def pretrained_leaves(run: Run, weights_dir: Path | None) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Returns the leaves of `model.weights` by path, and the paths of the leaves that are initialized randomly."""
-    config, module = run.config, run.program.module
-    leaves = load.leaves(config, module, weights_dir)
-    paths = models.leaf_shapes(module, (*config.input.size, config.input.network_channels))
-    return leaves, [path for path in paths if path not in leaves]
 
 
 def summary(run: Run) -> str:

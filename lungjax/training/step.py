@@ -154,10 +154,7 @@ def predict_step(
     config: Config,
     positive: int | None = None,
 ) -> dict[str, jax.Array]:
-    """Returns the `probabilities` and `logits` [B, C] of a batch, and its `row` [B].
-
-    `network` maps (variables, images) to (logits, features): a `FoldedModel`, or `apply` with train=False.
-    """
+    """Returns `probabilities`, `logits` [B, C] and `row` [B]; `network` is a `FoldedModel` or `apply` (train=False)."""
     logits, _ = network(variables, normalize(batch["image"], config.input))
     return {
         "probabilities": outputs.probabilities(logits, positive),

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from lungjax import config as configs
+from lungjax import models
 from lungjax.config import Config, overrides
+from lungjax.data import pipeline
 from lungjax.datasets import without_lungs
 from lungjax.evaluation import baselines, metrics
 from lungjax.report.templating import listed
@@ -26,6 +28,7 @@ from lungjax.training.non_finite import NonFiniteError
 from lungjax.training.progress import Progress
 from lungjax.training.setup import Run
 from lungjax.training.state import TrainState
+from lungjax.weights import load
 
 
 def run(
@@ -85,8 +88,10 @@ def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = 
     config, abstract_state = run.config, run.program.abstract_state
     policy, pretrained = config.train.on_nan, dict[str, np.ndarray]()
     if distributed.broadcast_int(newest(run.workdir, "last") is None):
-        pretrained, random = distributed.run_on_all_hosts(lambda: setup.pretrained_leaves(run, weights_dir))
+        pretrained = distributed.run_on_all_hosts(lambda: load.leaves(config, run.program.module, weights_dir))
         if config.model.weights != "none":
+            paths = models.leaf_shapes(run.program.module, (*config.input.size, config.input.network_channels))
+            random = [path for path in paths if path not in pretrained]
             print_once(f"Starting from {config.model.weights}; randomly initialized: {listed(random)}")
     with (
         workdirs.lock_workdir(run.workdir, config, run.data, abstract_state),
@@ -108,7 +113,9 @@ def train(run: Run, weights_dir: Path | None, profile: tuple[int, int] | None = 
         if progress.last_validation < run.program.steps and not progress.stopped and distributed.is_first_host():
             workdirs.drop_reports(run.workdir)
         while True:
-            error = train_loop(run, checkpoints, non_finite.enable_steps(policy, state), progress, watch, profiler)
+            if policy != "skip":  # bad steps would disable all later ones
+                state = non_finite.with_counters(state, bad_steps=0)
+            error = train_loop(run, checkpoints, state, progress, watch, profiler)
             if error is None:
                 return
             if policy != "rewind":
@@ -161,7 +168,8 @@ def train_loop(
                     error = write_steps(run, log, step, progress)
                     if error:
                         if config.on_nan == "stop" and checkpoints.last_step < error.step - 1:
-                            checkpoints.save(non_finite.state_before(error.step, state), vars(progress))
+                            before = non_finite.with_counters(state, step=error.step - 1)
+                            checkpoints.save(before, vars(progress))
                         return error
                 if interrupted:
                     watch.check()  # raises Interrupted
@@ -191,7 +199,8 @@ def write_steps(run: Run, log: MetricsLog, step: int, progress: Progress) -> Non
     """Logs the mean metrics of the steps since the last row; returns the error of `non_finite.check_steps`."""
 
     def names(step: int) -> str:
-        return run.batch_names(step - 1 + progress.skipped_batches)
+        rows = pipeline.batch_rows(run.data, run.config, step - 1 + progress.skipped_batches)
+        return listed(run.data.columns["file"][rows])
 
     finite, error = non_finite.check_steps(run.config.train.on_nan, log.fetch(), step, progress, names)
     log.write_steps(error.step - 1 if error else step, finite)

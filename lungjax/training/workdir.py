@@ -1,4 +1,8 @@
-"""The folder of a run: its lock, config.json and data.json."""
+"""The folder of a run: its lock, config.json and data.json.
+
+If config.json or data.json is lost, for example by a power loss, but the checkpoints are intact, the command that
+trained the run writes it again, provided that the checkpoint has the parameters of the configured network.
+"""
 
 import json
 import math
@@ -12,9 +16,10 @@ from typing import Any
 import jax
 
 from lungjax.config import Config, metadata, overrides
+from lungjax.config.schema import parse_json
 from lungjax.data.prepared import Prepared
 from lungjax.runtime import distributed, files
-from lungjax.runtime.checkpoint import is_begun, newest
+from lungjax.runtime.checkpoint import check_network, is_begun, newest
 from lungjax.training.state import TrainState
 
 # Fields that change neither weights nor data order, so a run may resume with other values.
@@ -27,18 +32,24 @@ MUTABLE_FIELDS = (
 LENGTH_FIELDS = ("train.epochs", "train.steps", "train.patience")
 
 
-def read_data(workdir: Path) -> dict[str, Any]:
-    """Returns the data.json of a run: dataset, classes, fingerprint. Raises ValueError if it is missing or damaged."""
-    path = workdir / "data.json"
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (FileNotFoundError, NotADirectoryError, TypeError, ValueError):
-        raise ValueError(f"{path} is missing or damaged; restore a backup, or choose another --workdir") from None
+def lost_files(workdir: Path) -> list[str]:
+    """Returns which of config.json and data.json are not JSON objects in a workdir with checkpoints."""
+    lost = []
+    for name in ("config.json", "data.json") if newest(workdir, "last") is not None else ():
+        try:
+            parse_json((workdir / name).read_bytes(), name)
+        except (FileNotFoundError, ValueError):
+            lost.append(name)
+    return lost
 
 
 def check(workdir: Path, config: Config, mode: str) -> None:
     """Raises ValueError if the workdir contains a trained run with another configuration, or foreign files."""
     path = workdir / "config.json"
+    if "config.json" in lost_files(workdir):
+        if mode == "evaluate":
+            raise ValueError(f"{path} is missing or damaged; rerun the command that trained the run, which rewrites it")
+        return  # `lock_workdir` compares the parameters of the checkpoint instead
     if not path.exists():
         if mode == "evaluate":
             raise ValueError(f"{workdir}: no config.json, so there is no run to evaluate; train first (--mode=train)")
@@ -50,7 +61,7 @@ def check(workdir: Path, config: Config, mode: str) -> None:
         return
     if not is_begun(workdir):
         return  # nothing was trained yet
-    old = overrides.from_json(path.read_text(), str(path))
+    old = overrides.read(path)
     allowed: tuple[str, ...] = MUTABLE_FIELDS
     if mode == "train":  # `check_length` compares the steps; patience may only grow, and 0 is the longest
         before, now = (each.train.patience or math.inf for each in (old, config))
@@ -71,9 +82,9 @@ def check_length(workdir: Path, steps: int) -> None:
 
 def check_same_data(workdir: Path, data: Prepared) -> None:
     """Raises ValueError if the data set has changed since the run began."""
-    if newest(workdir, "last") is None:
+    if newest(workdir, "last") is None or "data.json" in lost_files(workdir):
         return
-    before = read_data(workdir)
+    before = metadata.read_data(workdir)
     if before != data_facts(data):
         name, old, new = before.get("dataset"), str(before.get("fingerprint"))[:12], data.fingerprint[:12]
         change = f"the run was started on {name} with fingerprint {old}, which is now {new}"
@@ -111,6 +122,12 @@ def _claim(workdir: Path, config: Config, data: Prepared, abstract_state: TrainS
         files.lock(stack.enter_context((workdir / "lock").open("a")), message)
         check(workdir, config, "train")  # again, since another run may have been here before the lock
         check_same_data(workdir, data)
+        if names := lost_files(workdir):
+            check_network(workdir, abstract_state)
+            print(
+                f"{workdir}: {' and '.join(names)} was damaged or missing and is rewritten from this command. The "
+                "checkpoint has the parameters of this network; other settings and the data are unverified"
+            )
         files.atomic_write(workdir / "config.json", overrides.to_json(config))
         files.atomic_write(workdir / "data.json", json.dumps(data_facts(data), indent=2) + "\n")
     except OSError as error:

@@ -14,7 +14,7 @@ from lungjax.weights import download
 from lungjax.weights.catalogue import PretrainedWeights, records
 from lungjax.weights.convert import Rules, convert, target
 from lungjax.weights.name_rules import layouts
-from lungjax.weights.readers import open_tensors
+from lungjax.weights.readers import check_file, open_tensors
 
 CLASSIFIER = r"^head/dense/"  # new for every data set
 MIN_MATCH = 0.5  # fraction of the tensor names that the rules of a network must match
@@ -27,11 +27,11 @@ def record_of(path: Path, model: str) -> PretrainedWeights:
     for record in records(model):
         if any(path.parts[-len(known.parts) :] == known.parts for known in record.paths):
             return record
-    with open_tensors(path) as tensors:
-        shapes = tensors.shapes
-    for record in by_checksum(path):
+    for record in by_checksum(path):  # before libraries open an unknown file
         if record.model == model:
             return record
+    with open_tensors(path) as tensors:
+        shapes = tensors.shapes
     matches = {record: _match(shapes, layouts(model)[record.layout]) for record in records(model)}
     best = max(matches.values(), default=0.0)
     if best < MIN_MATCH:
@@ -45,7 +45,8 @@ def record_of(path: Path, model: str) -> PretrainedWeights:
 
 
 def by_checksum(path: Path) -> list[PretrainedWeights]:
-    """Returns the records that have the checksum of the file."""
+    """Returns the records that have the checksum of the file. Raises ValueError unless it is a regular file."""
+    check_file(path)
     digests = {kind: download.digest(path, kind) for kind in ("md5", "sha256")}
     checksums = [(record, record.checksum.partition(":")) for record in records() if record.checksum]
     return [record for record, (kind, _, digits) in checksums if digests[kind].startswith(digits)]
@@ -54,9 +55,9 @@ def by_checksum(path: Path) -> list[PretrainedWeights]:
 def identify(path: str | Path) -> str:
     """Returns a sentence with the records of a file. Raises ValueError with differences if it fits no network."""
     path = Path(path).expanduser()
+    if exact := by_checksum(path):
+        return f"{path}: {', '.join(record.name for record in exact)} (the published checksum)"
     with open_tensors(path) as tensors:
-        if exact := by_checksum(path):
-            return f"{path}: {', '.join(record.name for record in exact)} (the published checksum)"
         # Arrays without memory; rules move axes and never read values.
         placeholders = {name: np.broadcast_to(np.float32(0), shape) for name, shape in tensors.shapes.items()}
     failures = []

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 
 from lungjax import models
-from lungjax.config import Config, ModelConfig, nearest, overrides
+from lungjax.config import Config, ModelConfig, metadata, nearest, overrides
 from lungjax.models import trees
 from lungjax.runtime import checkpoint
 from lungjax.weights import catalogue, download
@@ -89,8 +89,7 @@ def resolve(config: Config) -> Config:
         trained, channels = source.record.input, 3
         model = _with_fields(model, dict(source.record.network), source.record.name)
     elif source.run:
-        path = source.run / "config.json"
-        old = overrides.from_json(path.read_text(), str(path))
+        old = overrides.read(source.run / "config.json")
         trained, channels = old.input, old.input.network_channels
         model = _with_fields(model, vars(old.model), f"of {source.run}")
     else:
@@ -171,8 +170,10 @@ def _open(
         path = source.file or download.locate(source.record, weights_dir)
         return open_tensors(path), layouts(model)[source.record.layout], 3, f"{path} ({source.record.name})"
     assert source.run is not None
-    state, _ = checkpoint.restore_best(source.run)
-    old = overrides.from_json((source.run / "config.json").read_text())
+    old, classes = overrides.read(source.run / "config.json"), len(metadata.read_data(source.run)["classes"])
+    image_shape = (*old.input.size, old.input.network_channels)
+    network = models.build(old.model, classes)
+    state, _ = checkpoint.restore_best(source.run, models.abstract_variables(network, image_shape))
     arrays = {path: leaf for tree in state.values() for path, leaf in trees.flatten(tree or {}).items()}
     label = f"model.weights=run:{source.run} ({old.model.name})"
     return nullcontext(arrays), SAME_NAMES, old.input.network_channels, label

@@ -1,9 +1,11 @@
 """Reads weight files as named arrays: safetensors, npz, Keras HDF5 and PyTorch .pth, distinguished by content.
 
 Nothing in a file is executed. Pickled arrays, links to other files and PyTorch objects other than tensors are rejected.
+HDF5 is the exception: libhdf5 is not safe for forged files, which can crash the process.
 """
 
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -21,6 +23,7 @@ KERAS_3 = (
     "a Keras 3 file (.keras or .weights.h5), whose tensors are numbered, not named; expected the legacy format of "
     "keras.applications, such as efficientnetb0.h5"
 )
+INFLATION = 1100  # bound of the compression ratio of deflate
 Reader = tuple[list[str], Callable[[str], np.ndarray], Any]  # names, a function that reads one array, the open file
 
 
@@ -61,8 +64,7 @@ class Tensors(Mapping[str, np.ndarray], AbstractContextManager["Tensors"]):
 def open_tensors(path: str | Path) -> Tensors:
     """Opens a weight file, regardless of its suffix. Raises ValueError if it is missing, damaged or not supported."""
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: {'a folder' if path.is_dir() else 'no such file'}; expected a weight file")
+    check_file(path)
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"\x89HDF\r\n\x1a\n"):
@@ -81,6 +83,13 @@ def open_tensors(path: str | Path) -> Tensors:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # as above
         raise ValueError(f"{path}: truncated or damaged, {path.stat().st_size} bytes: {error}") from None
+
+
+def check_file(path: Path) -> None:
+    """Raises ValueError unless the path is a regular file."""
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "a device, pipe or socket" if path.exists() else "no such file"
+        raise ValueError(f"{path}: {kind}; expected a weight file")
 
 
 def _guess(start: bytes) -> str:
@@ -121,23 +130,39 @@ def _zip(path: Path) -> Reader:
 
 def _h5(path: Path) -> Reader:
     file = h5py.File(path, "r")
-    root = file.get("model_weights", file)  # in a file with the complete model
+    root = _child(file, "model_weights", file)  # in a file with the complete model
     if not any(name.startswith("layer_names") for name in root.attrs):
         if {"layers", "_layer_checkpoint_dependencies"} & set(file):
             raise ValueError(KERAS_3)
         raise ValueError(f"an HDF5 file without layer_names, so not from Keras; supported formats: {FORMATS}")
     data: dict[str, h5py.Dataset] = {}
+    repeated: Counter[str] = Counter()
     # Read from the attributes: layer names contain slashes, so walking the groups would nest layers in one another.
     layers = _names(root, "layer_names")
     for layer in layers + [name for name in ("top_level_model_weights",) if name in root]:
-        if not isinstance(root.get(layer), h5py.Group):
+        group = _child(root, layer)
+        if not isinstance(group, h5py.Group):
             raise ValueError(f"layer {layer} is listed in layer_names, but missing")
-        for weight in _names(root[layer], "weight_names"):
-            name = f"{layer}/{weight.removesuffix(':0').removeprefix(layer + '/')}"
-            if name in data:
-                name = next(f"{name}#{i}" for i in range(2, len(data) + 3) if f"{name}#{i}" not in data)
-            data[name] = _dataset(file, root[layer], weight)
+        for weight in _names(group, "weight_names"):
+            plain = name = f"{layer}/{weight.removesuffix(':0').removeprefix(layer + '/')}"
+            while name in data:
+                repeated[plain] += 1
+                name = f"{plain}#{repeated[plain] + 1}"
+            data[name] = _dataset(file, group, weight)
     return list(data), lambda name: np.asarray(data[name][()]), file
+
+
+def _child(group: h5py.Group, path: str, default: Any = None) -> Any:
+    """Returns what `path` names in a group, or `default`. Raises ValueError for a link, before anything is opened."""
+    node: Any = group
+    for part in path.split("/"):
+        link = node.get(part, getlink=True) if part and isinstance(node, h5py.Group) else None
+        if link is None:
+            return default
+        if not isinstance(link, h5py.HardLink):
+            raise ValueError(f"{node.name}/{part} is a link, which may be stored in another file and is not read")
+        node = node[part]
+    return node
 
 
 def _names(group: h5py.Group, attribute: str) -> list[str]:
@@ -149,11 +174,14 @@ def _names(group: h5py.Group, attribute: str) -> list[str]:
 
 
 def _dataset(file: h5py.File, layer: h5py.Group, weight: str) -> h5py.Dataset:
-    data = layer.get(weight)
+    data = _child(layer, weight)
     if not isinstance(data, h5py.Dataset):
         raise ValueError(f"{layer.name}/{weight} is listed in weight_names, but missing")
     if data.external or data.is_virtual or data.file.filename != file.filename:
         raise ValueError(f"{layer.name}/{weight} is stored in another file, which is not read")
     if data.dtype.kind not in "fiub":
         raise ValueError(f"{layer.name}/{weight}: dtype {data.dtype}; only numbers are read")
+    stored = data.id.get_storage_size() * (INFLATION if data.id.get_create_plist().get_nfilters() else 1)
+    if data.size * data.dtype.itemsize > stored:
+        raise ValueError(f"{layer.name}/{weight}: shape {data.shape}, but the file has only {stored} bytes of it")
     return data

@@ -9,7 +9,7 @@ import pickletools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -18,17 +18,19 @@ MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of the stream format
 LONG = b"\x8a\x0a" + MAGIC.to_bytes(10, "little")  # as pickled by protocol 2 and later
 PROTOCOL = 1001
 PICKLE_LIMIT = 100_000_000  # bytes of the pickle in an archive, which has names and shapes only
+MAX_INSTRUCTIONS = 1_000_000  # of a pickle; real ones have about 30 per tensor
+MAX_ITEMS = 64  # dimensions of a tensor, and arguments of a function
 DTYPES = {
     "FloatStorage": "f4", "DoubleStorage": "f8", "HalfStorage": "f2", "BFloat16Storage": ml_dtypes.bfloat16,
     "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1",
     "BoolStorage": "?",
 }  # fmt: skip
-# Those of torch.save; others can create arbitrary objects (INST, OBJ, NEWOBJ, the extension registry).
+# Those of torch.save; others make arbitrary objects (INST, OBJ, NEWOBJ, the extension registry) or plain dicts (DICT).
 INSTRUCTIONS = (
     "PROTO FRAME STOP GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID MARK POP_MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE "
     "EMPTY_LIST EMPTY_DICT APPEND APPENDS SETITEM SETITEMS UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING "
     "SHORT_BINSTRING STRING INT LONG BININT BININT1 BININT2 LONG1 BINFLOAT FLOAT NONE NEWTRUE NEWFALSE PUT BINPUT "
-    "LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET LIST DICT"
+    "LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET LIST"
 )
 OPCODES = frozenset(INSTRUCTIONS.split())
 
@@ -65,7 +67,13 @@ class _Tensor(NamedTuple):
 
 
 class _Dict(dict[Any, Any]):
-    """An OrderedDict; that of a module's state_dict also carries a state, the versions of the layers."""
+    """A dict or OrderedDict; the latter also carries a state in a module's state_dict, the versions of the layers."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        """Sets an item. Raises UnsafePickleError for keys whose hashes a file could choose, so that all collide."""
+        if type(key) is not str and not (type(key) is int and abs(key) < 2**32):
+            raise UnsafePickleError(f"{_show(key)} as a key; expected names")
+        super().__setitem__(key, value)
 
     def __setstate__(self, state: Any) -> None:
         """Ignores the state."""
@@ -76,9 +84,13 @@ def _show(value: Any) -> str:
     return repr(value)[:80] if type(value) in (int, str) else f"a {type(value).__name__.strip('_')}"
 
 
+def _not_a_size(value: Any) -> bool:
+    return type(value) is not int or not 0 <= value < 2**63
+
+
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *ignored: Any) -> _Tensor:
     numbers = isinstance(shape, tuple) and isinstance(strides, tuple) and (offset, *shape, *strides)
-    if not numbers or len(shape) != len(strides) or any(type(n) is not int or n < 0 for n in numbers):
+    if not numbers or not len(shape) == len(strides) <= MAX_ITEMS or any(_not_a_size(n) for n in numbers):
         raise UnsafePickleError("a tensor with an invalid shape, offset or strides")
     if not isinstance(storage, _Storage) or not storage.key:
         raise UnsafePickleError("a tensor without a storage")
@@ -94,17 +106,36 @@ GLOBALS: dict[tuple[str, str], _Global | _Storage] = {
     ("torch._utils", "_rebuild_tensor_v2"): _Global(_tensor),
     ("torch._utils", "_rebuild_parameter"): _Global(lambda tensor, *_: tensor),
     ("torch", "Size"): _Global(lambda sizes=(): sizes),
-    ("collections", "OrderedDict"): _Global(_Dict),
+    ("collections", "OrderedDict"): _Global(lambda: _Dict()),  # without arguments, which would not be checked
     **{("torch", name): _Storage(np.dtype(dtype)) for name, dtype in DTYPES.items()},
 }
 
 
-class _Unpickler(pickle.Unpickler):
+_PythonUnpickler: Any = pickle._Unpickler  # makes a _Dict of each dict, unlike the one in C
+
+
+class _Unpickler(_PythonUnpickler):
     """Resolves only the names in GLOBALS, and collects the storages."""
+
+    dispatch: ClassVar = dict(_PythonUnpickler.dispatch)
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
+
+    def load_empty_dict(self) -> None:
+        """Pushes an empty dict."""
+        self.append(_Dict())
+
+    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dict
+
+    def load_reduce(self) -> None:
+        """Calls a function with few arguments, since a file could repeat a call with a long list of them."""
+        if len(self.stack[-1]) > MAX_ITEMS:
+            raise UnsafePickleError(f"a call with more than {MAX_ITEMS} arguments")
+        super().load_reduce()
+
+    dispatch[pickle.REDUCE[0]] = load_reduce
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns the stand-in for a name. Raises UnsafePickleError for any other."""
@@ -128,11 +159,11 @@ class _Unpickler(pickle.Unpickler):
 def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
     try:
         start = file.tell()
-        for number, (opcode, value, _) in enumerate(pickletools.genops(file), 1):
+        for number, (opcode, _, _) in enumerate(pickletools.genops(file), 1):
             if opcode.name not in OPCODES:
                 raise UnsafePickleError(f"its pickle has the instruction {opcode.name}; nothing was run")
-            if opcode.name.endswith("PUT") and int(value or 0) > number:  # the unpickler would allocate that many
-                raise UnsafePickleError(f"its pickle stores value {number} at index {value}")
+            if number > MAX_INSTRUCTIONS:
+                raise UnsafePickleError(f"its pickle has more than {MAX_INSTRUCTIONS:,} instructions; nothing was run")
         file.seek(start)
         unpickler = _Unpickler(file)
         return unpickler.load(), unpickler.storages

@@ -1,4 +1,4 @@
-"""Load test of the service: throughput, latency, startup time, and a mix of valid and malformed requests.
+"""Load test of the service: throughput, latency, startup time, and valid requests during attacks.
 
     python -m tests.benchmarks.serve_load --models=RUN_OR_NETWORK,... [--rounds=5] [--minutes=10] [--starts=3]
         [--images=FOLDER] [--seconds=5]
@@ -15,6 +15,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import statistics
 import subprocess
@@ -24,6 +25,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,18 @@ import numpy as np
 from PIL import Image
 
 from tests.benchmarks import harness
-from tests.benchmarks.serve_requests import Request, encoded, malformed, pictures, request, valid
+from tests.benchmarks.serve_requests import (
+    HEADERS,
+    MARKER,
+    TOKEN,
+    Request,
+    attacks,
+    encoded,
+    malformed,
+    pictures,
+    request,
+    valid,
+)
 
 MANY = 32  # clients of the throughput test
 MIXED = 12  # clients of the mixed load test
@@ -52,7 +65,8 @@ class Server:
         self.start = time.perf_counter()
         command = [sys.executable, "-m", "lungjax.serve", f"--model={model}", "--port=0"]
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        env = os.environ | {"LUNGJAX_TOKEN": TOKEN}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=env)
         atexit.register(self.process.kill)  # also after an error
         for line in self.process.stdout:
             if url := re.match(r"http://127\.0\.0\.1:(\d+)/", line):
@@ -61,8 +75,20 @@ class Server:
         self.fail()
 
     def fail(self) -> None:
+        raise SystemExit(self.read_log())
+
+    def read_log(self) -> str:
         self.log.seek(0)
-        raise SystemExit(self.log.read())
+        return self.log.read()
+
+    def check_log(self) -> str:
+        """Returns a summary of the log. Raises SystemExit if it contains a value of an upload."""
+        log = self.read_log()
+        if MARKER in log:
+            raise SystemExit(f"the log contains values of uploads:\n{log}")
+        lines = [line[20:] for line in log.splitlines()]  # without the time
+        other = Counter(line for line in lines if not re.search(r" \d+ ms \d+ images$", line))
+        return f"Log without values of uploads: {len(log) / 2**20:.2f} MiB; lines of no request: {dict(other)}."
 
     def connect(self) -> http.client.HTTPConnection:
         return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
@@ -83,7 +109,7 @@ class Server:
     def batches(self) -> np.ndarray:
         """Returns the numbers of images and of batches computed so far."""
         connection = self.connect()
-        connection.request("GET", "/metrics")
+        connection.request("GET", "/metrics", headers=HEADERS)
         text = connection.getresponse().read().decode()
         names = ("lungjax_batch_images_sum", "lungjax_batch_images_count")
         return np.asarray([float(re.search(rf"^{name} (\S+)$", text, re.M)[1]) for name in names])
@@ -98,7 +124,7 @@ def send(connection: http.client.HTTPConnection, data: Request) -> tuple[int, by
     """Sends a request over a reused connection; returns the status and body of the response."""
     path, body, headers = data
     chunked = callable(body) and "Content-Length" not in headers
-    headers = headers | ({"Transfer-Encoding": "chunked"} if chunked else {})
+    headers = HEADERS | headers | ({"Transfer-Encoding": "chunked"} if chunked else {})
     try:
         with contextlib.suppress(ConnectionError):  # the service may already have answered and closed the connection
             connection.request("POST", path, body() if callable(body) else body, headers, encode_chunked=chunked)
@@ -163,10 +189,12 @@ def throughput(model: str, images: list[Image.Image], seconds: float, rounds: in
 
 
 def mixed_load(model: str, images: list[Image.Image], minutes: float) -> str:
-    """Sends valid and malformed requests; returns the results as Markdown."""
+    """Sends valid and malformed requests while the service is attacked; returns the results as Markdown."""
     good, bad = valid(images), malformed(images)
     server = Server(model)
     server.first_answer(encoded(images[0]))
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (descriptors, descriptors))  # for the attack with idle connections
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     without_reason: set[str] = set()
     latencies: list[float] = []
@@ -197,7 +225,18 @@ def mixed_load(model: str, images: list[Image.Image], minutes: float) -> str:
             memory.append(harness.resident(server.process.pid))
             time.sleep(10)
 
-    clients(MIXED + 1, lambda seed: run(seed) if seed else watch())
+    def attack(name: str, step: Callable[[], str]) -> None:
+        while time.perf_counter() < end:
+            try:
+                outcome = step()
+            except OSError as error:
+                outcome = type(error).__name__
+            counts[name][outcome] += 1
+            time.sleep(0.5)
+
+    jobs: list[Callable[[], None]] = [watch, *(partial(run, seed) for seed in range(1, MIXED + 1))]
+    jobs += [partial(attack, *item) for item in attacks(images, server.port).items()]
+    clients(len(jobs), lambda i: jobs[i]())
     code = server.stop()
     sums = {kind: sum((c for k, c in counts.items() if k.startswith(kind)), Counter()) for kind in ("good", "bad")}
     p50, p95 = np.percentile(latencies, [50, 95])
@@ -206,7 +245,8 @@ def mixed_load(model: str, images: list[Image.Image], minutes: float) -> str:
         f"{minutes:g} minutes of {Path(model).name}: good {dict(sums['good'])}, bad {dict(sums['bad'])}, "
         f"without a reason {sorted(without_reason)}; p50 {p50:.0f}, p95 {p95:.0f} ms; exit code {code}.\n"
         f"Memory {memory[0]:.0f} MiB at the start, {memory[min(6, len(memory) - 1)]:.0f} after a minute, "
-        f"{memory[-1]:.0f} at the end, at most {max(memory):.0f}.\n\n{harness.table(('kind', 'answers'), kinds)}"
+        f"{memory[-1]:.0f} at the end, at most {max(memory):.0f}.\n"
+        f"{server.check_log()}\n\n{harness.table(('kind', 'answers'), kinds)}"
     )
 
 

@@ -1,9 +1,12 @@
-"""Valid and malformed requests for `serve_load`."""
+"""Valid and malformed requests, and attacks, for `serve_load`."""
 
 import itertools
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,13 @@ from tests.benchmarks import harness
 sys.path += [str(harness.ROOT / "tests"), str(harness.ROOT / "tests/serve")]
 import scans
 from folders import encoded
+from services import TOKEN
 from services import form as encode
 from test_uploads import bombs, png, written
 
 SIDE = 512
+MARKER = "Zentinel"  # in names, values, headers and queries of uploads; must not appear in the log
+HEADERS = {"Authorization": f"Bearer {TOKEN}", "X-Patient": MARKER}
 MULTIPART = {"Content-Type": "multipart/form-data; boundary=edge"}
 # The path; the body, or a function that returns its parts; and the headers.
 Request = tuple[str, bytes | Callable[[], Iterator[bytes]], dict[str, str]]
@@ -26,11 +32,11 @@ Request = tuple[str, bytes | Callable[[], Iterator[bytes]], dict[str, str]]
 
 def request(body: Any, kind: str, **headers: str) -> Request:
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
-    return "/predict", body, {"Content-Type": kind, **headers}
+    return f"/predict?patient={MARKER}", body, {"Content-Type": kind, **headers}
 
 
 def form(*files: bytes, path: str = "/predict") -> Request:
-    return path, encode(*(("f", file) for file in files))[0], MULTIPART
+    return path, encode(*((f"{MARKER}.png", file) for file in files))[0], MULTIPART
 
 
 def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
@@ -44,7 +50,7 @@ def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
 
 def scan(picture: Image.Image, **tags: Any) -> bytes:
     rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
-    return written(scans.dataset(np.asarray(picture, np.uint16) * 6, "CT", **rescale, **tags))
+    return written(scans.dataset(np.asarray(picture, np.uint16) * 6, "CT", PatientName=MARKER, **rescale, **tags))
 
 
 def valid(images: list[Image.Image]) -> dict[str, tuple[float, list[Request]]]:
@@ -92,6 +98,58 @@ def malformed(images: list[Image.Image]) -> dict[str, list[Request]]:
         "bad multipart": [
             ("/predict", multipart[:-30], MULTIPART), ("/predict", b"--other\r\n\r\n", MULTIPART),
             request(good, "multipart/form-data"),
+            ("/predict", multipart.replace(b'"files"', f'"{MARKER}"'.encode()), MULTIPART),
         ],
         "slow body": [request(slowly, "image/png", Content_Length="900")],
     }  # fmt: skip
+
+
+def attacks(images: list[Image.Image], port: int) -> dict[str, Callable[[], str]]:
+    """Returns attacks, and requests that must succeed meanwhile; each call returns a status or another outcome."""
+    good = encoded(images[0])
+    pixels = np.random.default_rng(0).integers(0, 256, (3000, 3000), np.uint8)
+    slow = encode(*[(MARKER, encoded(pixels, "JPEG", quality=50, progressive=True))] * 16)[0]
+
+    def connect() -> socket.socket:
+        return socket.create_connection(("127.0.0.1", port), timeout=120)
+
+    def head(method: str, path: str, **headers: Any) -> bytes:
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        headers = {"Host": "localhost", "Content-Type": "image/png"} | HEADERS | headers
+        lines = [f"{name}: {value}" for name, value in headers.items()]
+        return "\r\n".join([f"{method} {path}?patient={MARKER} HTTP/1.1", *lines, "\r\n"]).encode()
+
+    def ask(*parts: bytes, half_closed: bool = False) -> str:
+        with connect() as one:
+            one.sendall(b"".join(parts))
+            if half_closed:
+                one.shutdown(socket.SHUT_WR)
+            return b"".join(iter(lambda: one.recv(65536), b""))[9:12].decode() or "closed"
+
+    def idle() -> str:
+        with ExitStack() as stack:
+            for _ in range(1150):
+                stack.enter_context(connect())
+            time.sleep(5)
+        return "opened 1,150"
+
+    def slowly(text: bytes) -> str:
+        with ExitStack() as stack:
+            sockets = [stack.enter_context(connect()) for _ in range(50)]
+            for i in range(60):
+                for one in sockets:
+                    one.sendall(text[i : i + 1])
+                time.sleep(0.5)
+        return "not closed"
+
+    post, close = partial(head, "POST", "/predict", Content_Length=len(good)), {"Connection": "close"}
+    body = {"Content_Type": MULTIPART["Content-Type"], "Content_Length": len(slow)}
+    return {
+        "good: /health": lambda: ask(head("GET", "/health", **close)),
+        "good: half-closed": lambda: ask(post(), good, half_closed=True),
+        "attack: idle connections": idle,
+        "attack: slow heads": lambda: slowly(post()),
+        "attack: slow JPEGs": lambda: ask(head("POST", "/predict", **body, **close), slow),
+        "attack: two lengths": lambda: ask(post(Transfer_Encoding="chunked"), good),
+        "attack: wrong token": lambda: ask(post(Authorization=f"Bearer {MARKER}", **close), good),
+    }

@@ -44,8 +44,15 @@ def test_json_round_trip():
         overrides.from_json(text.replace('"lr"', '"lrx"'))
     with pytest.raises(ValueError, match="optim.lr.*expected float"):
         overrides.from_json(text.replace('"lr": 0.001', '"lr": "x"'))
-    with pytest.raises(ValueError, match="not JSON"):
-        overrides.from_json(text[:-5])
+    for number in ("NaN", "1e999", '"1e999"', "-Infinity", "1" * 400):
+        with pytest.raises(ValueError, match="config.json"):
+            overrides.from_json(text.replace('"lr": 0.001', f'"lr": {number}'))
+    for seed in (2**64, f'"{2**64}"', 1e30, '"nan"', '"[]"', '"{[]: 1}"', f'"{"(" * 300}"'):
+        with pytest.raises(ValueError, match="config.json"):
+            overrides.from_json(text.replace('"seed": 0', f'"seed": {seed}'))
+    for damaged in (text[:-5], b"\xff{}", bytes(9), "[" * 99999, "[]"):
+        with pytest.raises(ValueError, match="config.json"):
+            overrides.from_json(damaged)
 
 
 def test_name_of_the_invalid_field():

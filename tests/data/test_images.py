@@ -108,6 +108,9 @@ def test_every_mode_against_pillow():
         np.testing.assert_array_equal(array if array.ndim == 3 else array[..., None] + np.zeros(3, np.uint8), expected)
         assert form == key[1] and array.dtype == np.uint8
     assert {form for _, form in files} == set(images.FORMATS.values())
+    modes = {mode: images.conversion(files[mode, form]) for mode, form in files}
+    assert {modes[mode] for mode in ("1", "P", "RGBX")} == {""} and modes["4 x 16"] == "RGBA, 16 bits"
+    assert [modes[mode] for mode in ("RGBA", "CMYK", "2 x 16")] == ["RGBA", "CMYK", "RGBA, 16 bits"]
 
 
 def test_exif_orientation():
@@ -128,7 +131,7 @@ def test_unsupported_files():
     for data, word in (
         (b"", "image format"),
         (b"hello" * 99, "image format"),
-        (encoded(GRAY, "TIFF", save_all=True, append_images=[Image.fromarray(GRAY)]), "2 pages"),
+        (encoded(GRAY, "TIFF", save_all=True, append_images=[Image.fromarray(GRAY)]), "several pages"),
         (encoded(GRAY.astype(np.int32) - 1000, "TIFF"), "Hounsfield"),
         (encoded(GRAY.astype(np.float32) / 255, "TIFF"), "fractions"),
         (encoded(Image.new("LAB", (4, 4)), "TIFF"), "mode LAB"),

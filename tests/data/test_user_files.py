@@ -4,8 +4,9 @@ import os
 
 import pytest
 
+from lungjax.data import safe_text
 from lungjax.data.csv_table import read_table
-from lungjax.data.folder_walk import list_files
+from lungjax.data.folder_walk import check_regular, list_files
 
 
 def test_list_files(tmp_path):
@@ -38,6 +39,47 @@ def test_list_files_loop_and_unreadable_folder(tmp_path, monkeypatch):
     assert first_words == {"loop": "a", "closed": "Permission"}
     with pytest.raises(ValueError, match="in/"):
         list_files(tmp_path / "in")
+
+
+def test_special_files(tmp_path):
+    (tmp_path / "in").mkdir()
+    os.mkfifo(tmp_path / "in/pipe.png")
+    (tmp_path / "in/zero.png").symlink_to("/dev/zero")
+    (tmp_path / "in/a.png").touch()
+    errors = {}
+    assert list_files(tmp_path / "in", lambda path, reason: errors.update({path: reason})) == ["a.png"]
+    assert {os.path.basename(path): reason.split(",")[0] for path, reason in errors.items()} == {
+        "pipe.png": "a device", "zero.png": "a device"
+    }  # fmt: skip
+    for name in ("pipe.png", "zero.png"):
+        with pytest.raises(ValueError, match="device"):
+            check_regular(tmp_path / "in" / name)
+        with pytest.raises(ValueError, match="device"):
+            read_table(tmp_path / "in" / name)
+    assert check_regular(tmp_path / "in/a.png").st_size == 0
+
+
+def test_links_between_folders(tmp_path):
+    """Links to one another would list each file once per path through them."""
+    for name in "abcdefg":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").touch()
+        for number in (1, 2):
+            (tmp_path / name / f"up{number}").symlink_to("..")
+    errors = {}
+    files = list_files(tmp_path / "a", lambda path, reason: errors.update({path: reason}))
+    assert files == [f"up1/{name}/x.png" for name in "bcdefg"] + ["x.png"]
+    assert all("listed already" in reason for reason in errors.values()) and len(errors) == 14
+
+
+def test_safe_text():
+    given = ["=1+1", "'=1+1", "-a", "+a", "@a", "-0.5", "-inf", "+1e-05", "it's", "'x", "", "a=b", -0.5, None]
+    cells = safe_text.csv_row(given)
+    assert cells[:5] == [f"'{text}" for text in given[:5]] and cells[5:] == given[5:]
+    assert [safe_text.csv_text(cell) for cell in cells[:-2]] == given[:-2]
+    assert safe_text.csv_row(["\t=a\rb"]) == ["\\t=a\\rb"]
+    assert safe_text.printable("a\rb\x1b\nc\u202eä", keep="\n") == "a\\rb\\x1b\nc\\u202eä"
+    assert safe_text.cut("a" + "ü" * 120) == "a" + "ü" * 99  # complete characters of 200 bytes
 
 
 def test_read_table(tmp_path):

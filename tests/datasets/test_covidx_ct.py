@@ -88,6 +88,7 @@ def test_layouts(tmp_path):
         np.testing.assert_array_equal(data.columns["box"], np.array([row[2:] for row in rows], np.float32))
         assert [len(data.rows(split)) for split in ("train", "val", "test")] == [4, 2, 1]
         assert any("differs from the publication" in note for note in notes), "an incomplete copy is accepted"
+        assert any("without transparency" in note and "RGBA (1)" in note for note in notes)
 
 
 def test_bad_lines(tmp_path):

@@ -215,12 +215,25 @@ def test_table_errors(tmp_path):
         ("path,label\nx.png,a\ny.png,a\n", "only one class, 'a'"),
         ("path,label,split\nx.png,a,val\ny.png,b,test\n", "no train split"),
         ("path,label\n", "no rows"),
+        ("path,label\nx.png,a\n/dev/zero,b\n", "line 3: /dev/zero is a device"),
+        ("path,label\nx.png,a\ny.png,b\x1b[2Jc\n", r"class: .*b\\x1b\[2Jc"),
+        ("path,label,group\nx.png,a,p\ny.png,b,q\u202eq\n", r"line 3: .*q\\u202eq"),
     ):
         write_table(tmp_path, text)
         with pytest.raises(ValueError, match=word):
             prepare(tmp_path)
         assert not list((tmp_path / "data").rglob(prepared.INDEX))
         assert not list((tmp_path / "data").rglob("*.array_record*")), "nothing incomplete is left"
+
+
+def test_paths_outside_of_the_folder(tmp_path):
+    rows = ["path,label,split"]
+    for i, split in enumerate(("train", "train", "val", "val", "test", "test")):
+        save(tmp_path / f"other/{i}.png", i)
+        rows.append(f"{'../other' if i else tmp_path / 'other'}/{i}.png,{'ab'[i % 2]},{split}")
+    write_table(tmp_path, "\n".join(rows))
+    result, _ = prepare(tmp_path)
+    assert any("6 paths" in text and "absolute" in text for text in result["warnings"])
 
 
 def test_folder_errors(tmp_path):

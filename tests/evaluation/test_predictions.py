@@ -52,6 +52,17 @@ def test_csv_columns(tmp_path):
     assert rows[2][4] == "Normal", "tied probabilities"
 
 
+def test_formulas_as_text(tmp_path):
+    names = ["=HYPERLINK(1)", "-1", "'=x"]
+    given = make(ids=np.array(names), groups=np.array(["@a", "+b", "c"]), classes=("=a", "-b"))
+    predictions.write(given, tmp_path / "p.csv")
+    with (tmp_path / "p.csv").open(newline="") as file:
+        cells = [cell for row in csv.reader(file) for cell in row]
+    assert {cell for cell in cells if cell[:1] in set("=+-@")} == {"-1"}
+    p = predictions.read(tmp_path / "p.csv")
+    assert p.ids.tolist() == names and p.groups.tolist() == ["@a", "+b", "c"] and p.classes == ("=a", "-b")
+
+
 def test_earlier_file_after_a_full_disk(tmp_path, monkeypatch):
     predictions.write(make(), tmp_path / "p.csv")
     before = (tmp_path / "p.csv").read_bytes()

@@ -43,10 +43,14 @@ def test_command_with_good_and_bad_files(trained_run, tmp_path, monkeypatch, cap
     (tmp_path / "in/cut.png").write_bytes(encoded(PICTURE)[:200])
     (tmp_path / "deep.png").write_bytes(encoded((PICTURE * np.uint16(200)).astype(np.uint16)))
     flags = [f"--workdir={trained_run.workdir}", f"--out={tmp_path / 'out'}"]
+    (tmp_path / "out/deep_a_gradcam.png").mkdir(parents=True)  # can't be replaced by a file
     files = ",".join(str(tmp_path / name) for name in ("in", "odd name?.jpg", "gone.png", "deep.png"))
     assert commands.run(command, *flags, f"--images={files}") == 1
     errors = capsys.readouterr().err
-    assert all(name in errors for name in ("cut.png", "gone.png", "deep.png")) and "odd name?.jpg" not in errors
+    assert (
+        all(name in errors for name in ("cut.png", "gone.png", "deep.png", "deep_a_gradcam"))
+        and "odd name?.jpg" not in errors
+    )
     names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert names == ["a_2_gradcam.png", "a_gradcam.png", "deep_a_gradcam.png", "odd_name__gradcam.png"]
     # The map of the network's input, preprocessed as for prediction.

@@ -157,6 +157,7 @@ def test_script_without_lungjax(pyz, tmp_path):
     }.items():
         Image.fromarray(array).save(tmp_path / name)
     (tmp_path / "broken.png").write_bytes((tmp_path / "color.png").read_bytes()[:500])
+    (tmp_path / f"{'n' * 246}.png").write_bytes((tmp_path / "color.png").read_bytes())
     names = sorted(str(p) for p in tmp_path.iterdir())
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, str(pyz), str(tmp_path / "maps"), *names], capture_output=True, text=True
@@ -217,12 +218,14 @@ def test_damaged_and_foreign_pyz(pyz, tmp_path):
     program = zipfile.ZipFile(pyz).read("predict.stablehlo")
     called = program.replace(b"shape_assertion", b"shape_assertioX")
     assert called != program
-    path = tmp_path / "model.pyz"
+    path, entry = tmp_path / "model.pyz", b"PK\1\2\x14\3\x14"  # of the zip directory
     make = partial(altered, pyz, path)
     for write, word in (
         (lambda: path.write_bytes(b"hello"), "not a zip"),
         (lambda: path.write_bytes(data[: len(data) // 2]), "not a zip"),
         (lambda: path.write_bytes(flipped), "weights.npz is missing or damaged"),
+        (lambda: path.write_bytes(data.replace(entry, entry[:-1] + b"\xff")), "not a zip"),  # of a future version
+        (lambda: path.write_bytes(data.replace(entry + b"\0\0", entry + b"\0\1")), "damaged.*encrypted"),
         (lambda: make({"artifact.json": None}), "not from lungjax.export"),
         (lambda: make({"artifact.json": b"[1]"}), "not from lungjax.export"),
         (lambda: make({"artifact.json": b'{"jax": "1", "compiler_options": "no"}'}), "artifact.json is not from"),

@@ -244,6 +244,8 @@ def test_metadata_round_trip_and_errors():
         ({"hu_windows": [[0, 0]]}, "hu_windows"), ({"box": "foo"}, "foo"), ({"stage": "lung"}, "lung"),
         ({"points": {"slice": {"bright": {"youden": {"threshold": "a"}}}}}, "points"), ({"positive": 2}, "positive"),
         ({"input": {"size": [8, 8], "colours": 3}}, "unknown"), ({"input": {"size": [8, 100000]}}, "size"),
+        ({"input": []}, "wrong type"), ({"scores": {"n": float("nan")}}, "finite"),
+        ({"counts": {"a": 2**64}}, "64 bits"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"there.json: .*{word}"):
             metadata.from_json(json.dumps(tree | change), "there.json")

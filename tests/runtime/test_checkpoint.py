@@ -1,9 +1,11 @@
 """Checkpoints: what is saved, retention, damage, kills and full disks."""
 
 import errno
+import json
 import os
 import shutil
 import tempfile
+import zlib
 from unittest.mock import Mock
 
 import jax
@@ -26,6 +28,9 @@ def make(step: int, value: float | None = None, shape: tuple[int, int] = (3, 4),
 def abstract(**changes):
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), make(0, **changes))
+
+
+SHAPES = jax.eval_shape(lambda: make(0)).variables  # without shardings
 
 
 def kernel(tree) -> float:
@@ -73,7 +78,7 @@ def test_save_and_restore(tmp_path):
     # Without lungjax, and without a layout.
     tree = ocp.load_checkpointables((tmp_path / "checkpoints/last/3").absolute())
     np.testing.assert_array_equal(tree["state"]["params"]["dense"]["kernel"], 3.0)
-    assert isinstance(restore_best(tmp_path)[0]["params"]["dense"]["kernel"], np.ndarray)
+    assert isinstance(restore_best(tmp_path, SHAPES)[0]["params"]["dense"]["kernel"], np.ndarray)
 
 
 def test_save_of_donated_buffers(tmp_path):
@@ -87,13 +92,15 @@ def test_save_of_donated_buffers(tmp_path):
             current = train_step(current)
         jax.block_until_ready(current)
         restored, _ = checkpoints.restore(abstract(shape=(1024, 1024)))
-    assert int(restored.step) == 1 and kernel(restored) == 1 and kernel(restore_best(tmp_path)[0]) == 1
+    best, _ = restore_best(tmp_path, abstract(shape=(1024, 1024)).variables)
+    assert int(restored.step) == 1 and kernel(restored) == 1 and kernel(best) == 1
 
 
 def damage(path, kind: str) -> None:
     """Damages a checkpoint's largest file, or its checksums."""
     largest = max(path.glob("*/ocdbt.process_0/d/*"), key=lambda p: p.stat().st_size)
-    content = largest.read_bytes()
+    content, checksums = largest.read_bytes(), (path / "checksums.json").read_text()
+    outside = {str(largest): [len(content), zlib.crc32(content)]}
     half = len(content) // 2
     {
         "flipped bit": lambda: largest.write_bytes(content[:half] + bytes([content[half] ^ 4]) + content[half + 1 :]),
@@ -101,10 +108,19 @@ def damage(path, kind: str) -> None:
         "missing": largest.unlink,
         "no checksums": (path / "checksums.json").unlink,
         "garbled checksums": lambda: (path / "checksums.json").write_text('["state"]'),
+        "empty checksums": lambda: (path / "checksums.json").write_text("{}"),
+        "unlisted file": lambda: (path / "extra").write_bytes(content),
+        "file outside": lambda: (path / "checksums.json").write_text(json.dumps(json.loads(checksums) | outside)),
     }[kind]()
 
 
-@pytest.mark.parametrize("kind", ["flipped bit", "truncated", "missing", "no checksums", "garbled checksums"])
+DAMAGE = (
+    "flipped bit", "truncated", "missing", "no checksums", "garbled checksums", "empty checksums", "unlisted file",
+    "file outside",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_checkpoint(workdir, capsys, kind):
     last, best = workdir / "checkpoints/last", workdir / "checkpoints/best"
     damage(last / "8", kind)
@@ -118,7 +134,7 @@ def test_damaged_checkpoint(workdir, capsys, kind):
         assert int(checkpoints.restore(abstract())[0].step) == 8
     assert folders(workdir, "last") == ["4", "8", "8.damaged"] and capsys.readouterr().out == ""
     damage(best / "8", kind)
-    variables, step = restore_best(workdir)
+    variables, step = restore_best(workdir, SHAPES)
     assert step == kernel(variables) == 4 and folders(workdir, "best") == ["4", "8"]  # only reads
     assert f"{best / '8'} is damaged" in capsys.readouterr().out
 
@@ -129,10 +145,10 @@ def test_no_intact_checkpoint(workdir):
     with Checkpoints(workdir) as checkpoints, pytest.raises(ValueError, match=r"no intact checkpoint \(8: .*; 4: "):
         checkpoints.restore(abstract())
     with pytest.raises(ValueError, match="best: no intact checkpoint"):
-        restore_best(workdir)
+        restore_best(workdir, SHAPES)
     assert folders(workdir, "last") == folders(workdir, "best") == ["4", "8"]
     with pytest.raises(ValueError, match="no best weights"):
-        restore_best(workdir / "other")
+        restore_best(workdir / "other", SHAPES)
 
 
 def test_preservation_of_the_last_best(workdir):
@@ -190,9 +206,23 @@ def test_state_of_another_network(workdir):
     ):
         with Checkpoints(workdir) as checkpoints, pytest.raises(ValueError, match=rf"another network: {words}"):
             checkpoints.restore(abstract(**changes))
-        with pytest.raises(ValueError, match=rf"best/8 belongs to another network: {words}"):
-            restore_best(workdir, abstract(**changes).variables)
+        for shapes in (abstract(**changes), jax.eval_shape(lambda changes=changes: make(0, **changes))):
+            with pytest.raises(ValueError, match=rf"best/8 belongs to another network: {words}"):
+                restore_best(workdir, shapes.variables)
     assert folders(workdir, "last") == folders(workdir, "best") == ["4", "8"]
+
+
+def test_foreign_files_among_checkpoints(workdir):
+    for kind in ("last", "best"):
+        folder = workdir / "checkpoints" / kind
+        for name in ("²", "١٢", "12 (copy)", "007"):
+            shutil.copytree(folder / "8", folder / name)
+        for name in ("12", "40", "41.partial", "notes.txt"):
+            (folder / name).write_text("a file")
+    with Checkpoints(workdir) as checkpoints:
+        assert int(checkpoints.restore(abstract())[0].step) == newest(workdir, "last") == 8
+        checkpoints.save(make(12), {}, best=True)
+    assert restore_best(workdir, SHAPES)[1] == 12
 
 
 def fail_with(code):
@@ -246,5 +276,5 @@ def test_disk_without_room_or_permission(workdir, tmp_path, monkeypatch):
 def test_reading_during_a_pending_save(workdir):
     pending = workdir / "checkpoints/best/12.partial.orbax-checkpoint-tmp"
     pending.mkdir()
-    variables, step = restore_best(workdir)
+    variables, step = restore_best(workdir, SHAPES)
     assert step == kernel(variables) == 8 and variables["batch_stats"] == {} and pending.is_dir()

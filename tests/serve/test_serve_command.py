@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -50,6 +51,8 @@ def test_tokens(tmp_path, monkeypatch):
 
 def test_requests_in_progress_at_sigterm(trained_run):
     command = [sys.executable, "-m", "lungjax.serve", f"--model={trained_run.workdir}", "--port=0"]
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    command = ["sh", "-c", 'ulimit -S -n 512; exec "$@"', "sh", *command]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         lines = []
@@ -67,6 +70,7 @@ def test_requests_in_progress_at_sigterm(trained_run):
                 return False
 
         wait_for(healthy, 60)
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (descriptors, descriptors)
         path = trained_run.images / "p000.png"
         status, answer, _ = service.post("/explain?class=middle", (path.name, path.read_bytes()))
         assert status == 200 and answer["results"][0]["explained"] == "middle"

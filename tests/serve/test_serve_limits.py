@@ -1,10 +1,14 @@
 """Limits and access control of the service; no upload is logged or written to disk."""
 
+import errno
+import http.client
 import json
 import logging
 import re
 import socket
+import threading
 import time
+from contextlib import ExitStack, closing
 
 import numpy as np
 import pytest
@@ -12,7 +16,8 @@ from folders import encoded
 from services import DISK, HEAD, TOKEN, flat, form, raw, running, wait_for
 from test_uploads import SECRETS, picture, scan, secret, written
 
-from lungjax.serve import protocol, uploads
+from lungjax.runtime import environment
+from lungjax.serve import middleware, protocol, uploads
 from lungjax.serve.settings import Settings
 
 
@@ -24,7 +29,7 @@ def service():
 
 @pytest.fixture(scope="module")
 def strict():
-    file = uploads.Limits(bytes=5000, pixels=10_000, side=500)
+    file = uploads.Limits(bytes=5000, pixels=5_000)
     with running(file=file, request_bytes=9000, upload_bytes=12_000, files=3, read_seconds=0.4) as made:
         yield made
 
@@ -71,6 +76,94 @@ def test_incomplete_head_times_out(service, monkeypatch):
             assert one.recv(4096) == b"" and time.monotonic() - started < 3
     monkeypatch.undo()
     assert service.post("/predict", ("a", flat(1)))[0] == 200
+
+
+def test_many_idle_connections():
+    """The connections that have been idle for longest are closed for new ones, but no request in progress is lost."""
+    with running(connections=8) as service, ExitStack() as stack:
+
+        def connect():
+            return stack.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=9))
+
+        busy, data = connect(), flat(1)
+        busy.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(data) + data[:20])
+        wait_for(lambda: service.metric("lungjax_running_requests") == 2)  # with the request for the metrics
+        for _ in range(3):
+            idle = [connect() for _ in range(20)]
+            assert service.ask("GET", "/health")[0] == 200
+        assert idle[0].recv(1) == b""
+        for _ in range(20):  # clients that send many requests at once, and do not read the responses
+            connect().sendall(b"GET /docs HTTP/1.1\r\nHost: localhost\r\n\r\n" * 100)
+            assert service.ask("GET", "/health")[0] == 200
+        idle = [connect() for _ in range(20)]
+        idle[-1].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert idle[-1].recv(4096).startswith(b"HTTP/1.1 200")
+        busy.sendall(data[20:])
+        assert busy.recv(4096).startswith(b"HTTP/1.1 200")
+
+
+def test_log_without_descriptors(service, caplog, monkeypatch):
+    def accept(_):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch, socket.socket() as one:
+        patch.setattr(socket.socket, "accept", accept)
+        one.connect(("127.0.0.1", service.port))
+        time.sleep(1.5)  # asyncio tries again after a second, 256 times each
+    (record,) = caplog.records
+    assert "Too many open files" in record.getMessage() and not record.exc_info
+    assert service.ask("GET", "/health")[0] == 200
+
+
+def test_slow_files_of_one_request(monkeypatch):
+    """While a request has many slow files, others are decoded by the remaining threads."""
+    monkeypatch.setattr(environment, "cores", lambda: 4)
+    gate, read = threading.Event(), uploads.read
+    monkeypatch.setattr(uploads, "read", lambda data, *rest: (data[:2] != b"BM" or gate.wait(20)) and read(data, *rest))
+    slow = encoded(picture(), "BMP")
+    with running() as service:
+        thread = threading.Thread(target=service.post, args=("/predict", *[("slow", slow)] * 12))
+        thread.start()
+        wait_for(lambda: service.metric("lungjax_upload_bytes") > 0)
+        assert service.post("/predict", ("fast", flat(1)))[0] == 200 and not gate.is_set()
+        gate.set()
+        thread.join(20)
+
+
+def test_pixels_of_a_request():
+    with running(file=uploads.Limits(pixels=1000)) as service:
+        assert service.post("/predict", *[("a", flat(1))] * 6)[0] == 200  # 3600 pixels
+        status, answer, _ = service.post("/predict", *[("a", flat(1))] * 12)
+        assert status == 413 and "4000 pixels" in answer["error"]
+        assert service.state.budget.bytes == 0
+
+
+def conversation(service, *parts, end=False):
+    """Sends bytes and, if `end`, shuts down the sending side; returns everything until the service closes."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=5) as one:
+        one.sendall(b"".join(parts))
+        if end:
+            one.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: one.recv(65536), b""))
+
+
+def test_two_lengths_of_a_body(service):
+    """Proxies disagree on where such a request ends; a second request may hide in its body."""
+    chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(flat(1)), flat(1))
+    hidden = b"GET /model HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    for size in (4, len(chunk)):
+        lengths = b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n" % size
+        answer = conversation(service, HEAD, lengths, chunk, hidden)
+        assert answer.startswith(b"HTTP/1.1 400") and b"Transfer-Encoding" in answer and answer.count(b"HTTP/1.1") == 1
+
+
+def test_half_closed_connection(service):
+    data = flat(51)
+    answer = conversation(service, HEAD, b"Content-Length: %d\r\n\r\n" % len(data), data, end=True)
+    assert answer.startswith(b"HTTP/1.1 200") and b'"bright":0.2' in answer
+    assert conversation(service, HEAD, b"Content-Length: 500\r\n\r\nabc", end=True) == b""
+    answers = conversation(service, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3, end=True)
+    assert answers.count(b"HTTP/1.1 200") == 3
 
 
 def test_memory_of_all_requests(strict):
@@ -127,6 +220,25 @@ def test_token():
         tree = service.ask("GET", "/openapi.json")[1]
         assert tree["paths"]["/predict"]["post"]["security"] == [{"token": []}]
     assert TOKEN not in repr(Settings(token=TOKEN))
+
+
+def test_repeated_wrong_tokens(caplog, monkeypatch):
+    monkeypatch.setattr(middleware, "TOKEN_DELAY", 0.05)
+    caplog.set_level(logging.INFO)
+
+    def ask(source, token):
+        started = time.monotonic()
+        with closing(http.client.HTTPConnection("127.0.0.1", service.port, 9, source_address=(source, 0))) as one:
+            one.request("GET", "/metrics", headers={"authorization": f"Bearer {token}"})
+            return one.getresponse().status, time.monotonic() - started
+
+    with running(token=TOKEN) as service:
+        wrong = [ask("127.0.0.1", "wrong") for _ in range(8)]
+        assert {status for status, _ in wrong} == {401} and wrong[-1][1] > 0.4 > wrong[0][1]
+        for _, seconds in (ask("127.0.0.1", TOKEN), ask("127.0.0.2", "wrong"), ask("127.0.0.1", TOKEN)):
+            assert seconds < 0.3
+    lines = [record.getMessage() for record in caplog.records if record.name == "lungjax.serve"]
+    assert len(lines) == 3 and "wrong token" in lines[0] and lines[1].startswith("GET /metrics 200")
 
 
 def test_host_names_and_other_sites(service):

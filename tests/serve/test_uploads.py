@@ -16,7 +16,7 @@ import pydicom
 import pytest
 import scans
 from folders import encoded
-from PIL import Image
+from PIL import Image, ImageFile
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
 
@@ -25,7 +25,7 @@ from lungjax.serve import uploads
 from lungjax.serve.uploads import Limits, UploadError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
-LIMITS = Limits(bytes=2**20, pixels=100_000, side=5_000, min_side=8)
+LIMITS = Limits(bytes=2**20, pixels=100_000)
 SECRETS = ("Zentinel", "Otto", "SECRET-4711", "19110203", "1.2.826.0.1.3680043.77", "Klinik Sonnenstein")
 
 
@@ -147,20 +147,20 @@ def test_only_the_decoder_of_the_format(monkeypatch):
     assert formats and set(formats) == {("PNG",)}
 
 
-def test_size_limits_by_header(monkeypatch):
-    monkeypatch.setattr(images, "read", None)  # never decoded
-    monkeypatch.setattr(images, "decode", None)
-    for width, height, *expected in ((6000, 40, 413, "side"), (400, 300, 413, "pixels"), (1, 1, 422, "small")):
-        for form in dict.fromkeys(form for _, form, _ in GOOD):
-            *reason, message = refused(encoded(np.zeros((height, width), np.uint8), form))
-            assert reason == expected and f"{width} x {height} pixels" in message, form
-        assert refused(written(scan(Rows=height, Columns=width)))[:2] == tuple(expected)
+def test_size_limits(monkeypatch):
+    for form in dict.fromkeys(form for _, form, _ in GOOD):
+        assert refused(encoded(np.zeros((1, 1), np.uint8), form))[:2] == (422, "small")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", None)  # never decoded
+    for form in dict.fromkeys(form for _, form, _ in GOOD):
+        *reason, message = refused(encoded(np.zeros((300, 400), np.uint8), form))
+        assert reason == [413, "pixels"] and "400 x 300 pixels" in message, form
+    assert refused(written(scan(Rows=300, Columns=400)))[:2] == (413, "pixels")
     data = bytearray(encoded(picture(), "JPEG2000"))  # decoders use the size in the codestream, not in the boxes
     at = data.index(b"\xff\x4f\xff\x51") + 8
     data[at : at + 8] = struct.pack(">II", 60_000, 40)
     tags = {256: 40, 257: 50, 258: 8, 259: 1, 262: 1, 277: 1, 322: 60_000, 323: 60_000, 324: 8, 325: 9}
     tiles = tiff(*((tag, 4, 1, value) for tag, value in tags.items()))
-    assert refused(bytes(data))[:2] == refused(tiles)[:2] == (413, "side")
+    assert refused(bytes(data))[:2] == refused(tiles)[:2] == (413, "pixels")
     assert refused(encoded(picture(), "BMP"), bytes=2000)[:2] == (413, "bytes")
     assert refused(b"")[:2] == (422, "empty")
 
@@ -212,7 +212,7 @@ def test_several_frames():
         return encoded(picture(), form, save_all=True, append_images=[Image.fromarray(255 - picture())])
 
     for form in ("TIFF", "PNG", "WEBP"):
-        assert refused(frames(form))[:2] == (422, "frames")
+        assert "several" in refused(frames(form))[2]
     for form in ("GIF", "MPO"):
         frame = Image.open(io.BytesIO(frames(form))).convert("L")
         np.testing.assert_array_equal(read(frames(form)).images[0], frame)
@@ -245,7 +245,7 @@ def test_slow_jpeg():
     many = data[:2] + b"\xff\xe5\x00\x02" * 5000 + data[2:]
     assert "segments" in refused(many)[2]
     at = data.index(b"\xff\xda")
-    assert "scans" in refused(data[:at] + data[at:-2] * 101 + data[-2:])[2]
+    assert "scans" in refused(data[:at] + data[at:-2] * 21 + data[-2:])[2]
 
 
 def test_dicom_codestream_size(monkeypatch):

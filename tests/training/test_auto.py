@@ -14,7 +14,6 @@ from lungjax.config.presets import PRESETS
 from lungjax.data import pipeline
 from lungjax.models import trees
 from lungjax.models.inputs import normalize
-from lungjax.runtime.checkpoint import restore_best
 from lungjax.training import auto, train
 from lungjax.weights import download
 
@@ -75,7 +74,7 @@ def test_statistics_after_few_steps(small_data, tmp_path, monkeypatch):
     saved = overrides.from_json((tmp_path / "run/config.json").read_text())
     assert (saved.train.batch_size, saved.model.momentum, saved.auto) == (8, 0.5, ())
 
-    variables, _ = restore_best(tmp_path / "run")
+    variables = runs.best_variables(tmp_path / "run")
     reader = pipeline.Reader(small_data, config.input)
     images = normalize(jnp.stack([reader(row) for row in small_data.rows("train")]), config.input)
     module = models.build(replace(config.model, momentum=0.0), 3)

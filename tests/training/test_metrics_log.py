@@ -14,8 +14,13 @@ def test_repeated_rows_after_a_resume(tmp_path):
     assert metrics_log.read(path) == remaining
 
 
-def test_truncated_last_line(tmp_path):
+def test_damaged_lines(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2, "los')
-    assert metrics_log.read(path) == [{"step": 1}]
+    bad = (b"\xff\xfe", b"[1]", b'{"lr": 0.1}', b'{"step": "2"}', b'{"step": 2, "lr": "x"}', bytes(8), b"[" * 99999)
+    good = [{"step": 1, "train.loss": float("inf")}, {"step": 2, "val.slice.auc_macro": None}]
+    lines = [json.dumps(good[0]).encode(), *bad, json.dumps(good[1]).encode(), b'{"step": 3, "los']
+    path.write_bytes(b"\n".join(lines))
+    assert metrics_log.read(path) == metrics_log.read(path) == good
+    assert capsys.readouterr().out.count(f"{path}: skipped {len(bad) + 1} damaged lines") == 1
+    assert metrics_log.truncate(path, 9, 9) == metrics_log.read(path) == good
     assert metrics_log.read(tmp_path / "none.jsonl") == []

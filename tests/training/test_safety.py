@@ -103,14 +103,18 @@ def test_resume_from_before_a_damaged_checkpoint(tmp_path, capsys, complete, sto
     runs.assert_same_end(complete, stopped)
 
 
-@pytest.mark.parametrize("name", ["config.json", "data.json"])
-def test_damaged_run_files(tmp_path, complete, stopped, name):
-    content = (stopped / name).read_text()
-    (stopped / name).write_text(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=str(stopped / name)):
-        train.run(CONFIG, stopped, tmp_path)
-    (stopped / name).write_text(content)
+def test_run_files_lost_in_a_power_failure(tmp_path, capsys, complete, stopped):
+    contents = {name: (stopped / name).read_bytes() for name in ("config.json", "data.json")}
+    (stopped / "config.json").write_bytes(bytes(len(contents["config.json"])))
+    (stopped / "data.json").unlink()
+    with pytest.raises(ValueError, match="another network"):
+        train.run(changed(CONFIG, "model.head.hidden=8"), stopped, tmp_path)
+    with pytest.raises(ValueError, match="config.json"):
+        train.run(CONFIG, stopped, tmp_path, mode="evaluate")
+    assert not any((stopped / "config.json").read_bytes()) and not (stopped / "data.json").exists()
     train.run(CONFIG, stopped, tmp_path)
+    assert "config.json and data.json" in capsys.readouterr().out
+    assert contents == {name: (stopped / name).read_bytes() for name in contents}
     runs.assert_same_end(complete, stopped)
 
 

@@ -18,7 +18,7 @@ from lungjax.evaluation import metrics, outliers, predictions
 from lungjax.inference.artifacts import Preprocessor
 from lungjax.models import outputs
 from lungjax.runtime import signals
-from lungjax.runtime.checkpoint import newest, restore_best
+from lungjax.runtime.checkpoint import newest
 from lungjax.training import metrics_log, progress, setup, step, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
@@ -81,7 +81,7 @@ def test_final_progress(tmp_path):
     rows = metrics_log.read(tmp_path / "run/metrics.jsonl")
     assert rows[-1]["step"] == 4  # step 2 is the best so far, step 4 no better
     assert progress.is_complete(tmp_path / "run", config, 40)
-    assert restore_best(tmp_path / "run")[1] == 4  # train.keep=last tests the last weights
+    assert newest(tmp_path / "run", "best") == 4  # train.keep=last tests the last weights
     assert json.loads((tmp_path / "run/report.json").read_text())["best"]["step"] == 4
     train.run(config, tmp_path / "run", tmp_path)
     assert metrics_log.read(tmp_path / "run/metrics.jsonl") == rows
@@ -180,7 +180,7 @@ def test_tuning_a_head_on_another_run(tmp_path):
     saved = overrides.from_json((tmp_path / "run/config.json").read_text())
     assert saved == dataclasses.replace(config, input=saved.input)
     assert (saved.input.mean, saved.input.std) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
-    before, after = (restore_best(tmp_path / name)[0] for name in ("source", "run"))
+    before, after = (runs.best_variables(tmp_path / name) for name in ("source", "run"))
     assert after["params"]["stem_conv"]["kernel"].shape == (3, 3, 3, 4)
     assert runs.different(before, after) == {"params/head/dense/kernel", "params/head/dense/bias"}
     workdirs.check(tmp_path / "run", load.resolve(config), "train")  # the same command would resume

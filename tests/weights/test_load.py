@@ -73,7 +73,9 @@ def test_recognition_by_checksum(zoo, monkeypatch):
     path = write(zoo, "safetensors", leaves(), "weights.safetensors")
     published = replace(TORCH, checksum=f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}")
     monkeypatch.setattr(catalogue, "RECORDS", (KERAS, HALVED, published))
+    monkeypatch.setattr(identify, "open_tensors", lambda path: pytest.fail("opened before its checksum was known"))
     assert identify.record_of(path, "tiny") == published  # although renamed
+    assert "tiny.torch (the published checksum)" in identify.identify(path)
 
 
 def test_unknown_missing_or_forbidden_sources(zoo):

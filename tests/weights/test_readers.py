@@ -1,5 +1,7 @@
 """Weight files are recognized by content, read one array at a time, and rejected with a reason if damaged."""
 
+import os
+import time
 import zipfile
 
 import h5py
@@ -39,7 +41,9 @@ def test_other_files(tmp_path):
                 archive.writestr(name, b"")
         with pytest.raises(ValueError, match=message):
             open_tensors(path)
-    for other, message in ((tmp_path, "a folder"), (tmp_path / "absent", "no such file")):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for other, message in ((tmp_path, "a folder"), (tmp_path / "absent", "no such file"), (pipe, "a device, pipe")):
         with pytest.raises(ValueError, match=message):
             open_tensors(other)
 
@@ -94,11 +98,23 @@ def test_keras_names_of_released_files(tmp_path):
     assert list(open_tensors(tmp_path / "w.h5")) == ["a/b/c", "a/b/c#2"]
 
 
+def test_many_repeated_keras_names(tmp_path):
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        file.attrs["layer_names"] = [b"a"]
+        file["a/b"] = np.ones(2)
+        file["a"].attrs["weight_names"] = np.full(12_000, b"b")
+    start = time.process_time()
+    assert list(open_tensors(tmp_path / "w.h5"))[-1] == "a/b#12000"
+    assert time.process_time() - start < 8  # a search for each name would take longer
+
+
 def test_inconsistent_keras_files(tmp_path):
     path, other = tmp_path / "w.h5", tmp_path / "other.h5"
     layers = {"a": {"a/kernel:0": np.ones(2), "a/bias:0": np.ones(2)}, "b": {"b/kernel:0": np.ones(2)}}
     with h5py.File(other, "w") as file:
         file["secret"] = np.ones(2)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)  # opening it would never end
 
     def replace(file, link=None, **dataset):
         del file["a/a/bias:0"]
@@ -115,6 +131,9 @@ def test_inconsistent_keras_files(tmp_path):
         (lambda file: file["a/a"].pop("bias:0"), "bias:0 is listed in weight_names, but missing"),
         (lambda file: file.pop("b"), "layer b is listed in layer_names, but missing"),
         (lambda file: replace(file, h5py.ExternalLink(str(other), "secret")), "stored in another file"),
+        (lambda file: replace(file, h5py.ExternalLink(str(pipe), "secret")), "stored in another file"),
+        (lambda file: replace(file, h5py.SoftLink("/a/a/kernel:0")), "a link"),
+        (lambda file: replace(file, shape=(10**6, 10**6), dtype="f4"), "only 0 bytes"),
         (lambda file: replace(file, shape=2, dtype="f4", external=[(str(other), 0, 8)]), "another file"),
         (lambda file: replace(file, data=["text"]), "dtype object"),
         (lambda file: file.attrs.pop("layer_names"), "without layer_names"),

@@ -131,6 +131,25 @@ def test_files_without_tensors(tmp_path, write):
             open_tensors(write(tmp_path / "w", tree, {}))
 
 
+@BOTH
+def test_pickles_that_take_minutes(tmp_path, write):
+    good, shared = state_dict({"a": array_of("0", NUMBERS)}), storage("0", "Float", 24, b"N")
+    prime = (1 << 61) - 1  # all multiples have the same hash
+    for extra, word in (
+        (b"(" + b"N" * 1_000_000 + b"t", "1,000,000 instructions"),
+        (b"}(" + b"".join(b"\x8a\x09" + (i * prime).to_bytes(9, "little") + b"N" for i in range(3)) + b"u", "key"),
+        (b"}" + row(number(1), number(2)) + b"Ns", "key"), (b"(" + text("a") + b"Nd", "DICT"),
+        (call(name("collections", "OrderedDict"), b"]"), "argument"),
+        (call(name("torch", "Size"), *[b"N"] * 65), "arguments"),
+        (tensor(shared, (1,) * 65, (1,) * 65), "shape"), (tensor(shared, (1 << 62, 4), (0, 0)), "storage"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            open_tensors(write(tmp_path / "w", mapping(model=good, extra=extra), RAW))
+    integers = b"}(" + number(0) + b"N" + number(1) + b"Nu"  # as in the state of an optimizer
+    tensors = open_tensors(write(tmp_path / "w", mapping(model=good, extra=integers), RAW))
+    np.testing.assert_array_equal(tensors["a"], NUMBERS)
+
+
 def test_damaged_archives(tmp_path):
     path, tree, raw = tmp_path / "w", state_dict({"a": array_of("0", NUMBERS)}), RAW["0"]
     for stored, extra, message in (

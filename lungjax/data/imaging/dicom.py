@@ -4,15 +4,18 @@ A file is a path or a `MemoryFile`. A CT file has one slice, or several frames w
 DICOM PS3.3 A.38), which become slices of one series.
 """
 
+import contextlib
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lungjax.data.imaging import dicom_frames, images, volumes
-from lungjax.data.imaging.memory_file import File, MemoryFile, Unreadable, named_errors, quote
+from lungjax.data.imaging.limits import DEFAULT, LimitError, Limits
+from lungjax.data.imaging.memory_file import File, MemoryFile, Unreadable, named_errors, open_limited, quote
 from lungjax.data.imaging.volumes import PLANES, Volume, Windows
 
 SUFFIXES = (".dcm", ".dicom")
@@ -31,6 +34,7 @@ FUNCTIONAL_GROUPS = {  # sequence with each attribute of a frame
     "RescaleIntercept": "PixelValueTransformationSequence", "FrameType": "CTImageFrameTypeSequence",
 }  # fmt: skip
 MAX_GROUPS_BYTES = 2**21  # of functional groups in an upload; millions of empty items would keep the parser busy
+MAX_DISK_GROUPS_BYTES = 2**22  # the same on disk, where an enhanced CT may have 1500 slices
 PADDING = [0x00280120, 0x00280121]  # PixelPaddingValue and PixelPaddingRangeLimit
 ORIENTATION_TOLERANCE = 0.01  # of direction cosines within a series: about half a degree
 MAX_TILT = 0.09  # sine of 5 degrees, between the stack and the normal of its slices
@@ -72,10 +76,12 @@ class Series:
     flaw: str  # reason why no other plane can be cut, or ""
     notes: tuple[str, ...] = ()
 
-    def check(self, plane: str) -> None:
-        """Raises ValueError if the plane can't be cut from these slices."""
+    def check(self, plane: str, limits: Limits = DEFAULT) -> None:
+        """Raises ValueError if the plane can't be cut from these slices, which are then a volume in memory."""
         if self.flaw and plane != self.plane:
             raise ValueError(f"{self.headers[0].name}: no {plane} plane can be cut: {self.flaw}")
+        if plane != self.plane:
+            limits.check_volume(self.shape)
 
 
 def is_dicom(path: str) -> bool:
@@ -88,20 +94,22 @@ def is_dicom(path: str) -> bool:
 
 
 @named_errors
-def headers(path: File) -> list[Header]:
+def headers(path: File, limits: Limits = DEFAULT) -> list[Header]:
     """Reads a DICOM file without its pixels; returns one header, or one per frame of an enhanced CT.
 
     Raises ValueError with the file name if the file is not DICOM, is neither a CT nor an X-ray, has no pixels, has
-    several frames without functional groups, is compressed without a decoder, or is a CT without rescale values.
+    several frames without functional groups, is compressed without a decoder, is a CT without rescale values, or
+    exceeds a limit.
     """
-    data = _read(path, header_only=True)
+    data = _read(path, limits, header_only=True)
     for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
-        raw = data.get_item(name).value if isinstance(path, MemoryFile) and name in data else None
-        if isinstance(raw, bytes) and len(raw) > MAX_GROUPS_BYTES:  # not parsed yet
+        raw = data.get_item(name).value if name in data else None
+        allowed = MAX_GROUPS_BYTES if isinstance(path, MemoryFile) else MAX_DISK_GROUPS_BYTES
+        if isinstance(raw, bytes) and len(raw) > allowed:  # not parsed yet
             raise ValueError("too many elements")
     frames = list(data.get("PerFrameFunctionalGroupsSequence", None) or ())
     if not frames:
-        return [_header(path, data)]
+        return [_header(path, data, limits)]
     if len(frames) != int(data.get("NumberOfFrames", 1)):
         raise Unreadable(f"{path}: functional groups of {len(frames)} frames differ from NumberOfFrames")
     shared, result = list(data.get("SharedFunctionalGroupsSequence", None) or ()), []
@@ -112,11 +120,11 @@ def headers(path: File) -> list[Header]:
             data.pop(name, None)
             if value is not None:
                 setattr(data, name, value)
-        result.append(_header(path, data, number))
+        result.append(_header(path, data, limits, number))
     return result
 
 
-def _header(path: File, data: Any, frame: int | None = None) -> Header:
+def _header(path: File, data: Any, limits: Limits, frame: int | None = None) -> Header:
     modality = str(data.get("Modality", ""))
     image_type = [str(word).upper() for word in data.get("FrameType", None) or data.get("ImageType", None) or []]
     aside = ""
@@ -128,6 +136,7 @@ def _header(path: File, data: Any, frame: int | None = None) -> Header:
         aside = "screen captures"
     else:
         _check(data, path, modality, frame)
+        limits.check_image(int(data.Columns), int(data.Rows))
     spacing = _numbers(data, "PixelSpacing", 2, path)
     if spacing and min(spacing) <= 0:
         raise Unreadable(f"{path}: PixelSpacing is not positive {quote(path, f'({spacing[0]:g} x {spacing[1]:g})')}")
@@ -184,35 +193,37 @@ def series(headers: Sequence[Header]) -> Series:
     return Series(ordered, list(PLANES)[axis], shape, step, flaw, tuple(notes))
 
 
-def picture(header: Header, windows: Windows, data: Any = None) -> bytes:
+def picture(header: Header, windows: Windows, limits: Limits = DEFAULT, data: Any = None) -> bytes:
     """Returns one CT slice as a PNG file, oriented as described in `volumes`. Raises ValueError for damaged pixels.
 
     `data` is the pydicom data set of a `MemoryFile` that has been read already.
     """
     one = series([header])
-    return volumes.picture(_volume(one.headers, one.step, data), one.plane, 0, windows)
+    return volumes.picture(_volume(one.headers, one.step, limits, data), one.plane, 0, windows, limits)
 
 
 @named_errors
-def frames(file: MemoryFile, headers: Sequence[Header], windows: Windows) -> list[bytes]:
+def frames(file: MemoryFile, headers: Sequence[Header], windows: Windows, limits: Limits = DEFAULT) -> list[bytes]:
     """Returns the slices `headers` of one file as `picture` does, but reads the file only once."""
-    data = _read(file)
-    return [picture(header, windows, data) for header in headers]
+    data = _read(file, limits)
+    return [picture(header, windows, limits, data) for header in headers]
 
 
-def cut(headers: tuple[Header, ...], step: float, plane: str, index: int, windows: Windows) -> bytes:
+def cut(
+    headers: tuple[Header, ...], step: float, plane: str, index: int, windows: Windows, limits: Limits = DEFAULT
+) -> bytes:
     """Returns a slice of a sorted series in `plane` as a PNG file; caches the volume. Same errors as `picture`."""
-    return volumes.picture(volume(headers, step), plane, index, windows)
+    return volumes.picture(volume(headers, step, limits), plane, index, windows, limits)
 
 
 @volumes.cache_latest
-def volume(headers: tuple[Header, ...], step: float) -> Volume:
+def volume(headers: tuple[Header, ...], step: float, limits: Limits = DEFAULT) -> Volume:
     """Reads a sorted series with slices `step` mm apart. Raises the same errors as `picture`."""
-    return _volume(headers, step)
+    return _volume(headers, step, limits)
 
 
 @named_errors
-def xray(path: File) -> bytes:
+def xray(path: File, limits: Limits = DEFAULT) -> bytes:
     """Returns an X-ray as an 8-bit PNG file with white bones, even if it is stored inverted (MONOCHROME1).
 
     Scales differ between manufacturers, so the window is that of the file (WindowCenter and WindowWidth, or its VOI
@@ -220,7 +231,7 @@ def xray(path: File) -> bytes:
     """
     from pydicom.pixels import apply_modality_lut
 
-    data, pixels = _pixels(path)
+    data, pixels = _pixels(path, limits)
     if pixels.ndim == 3:
         if pixels.dtype != np.uint8:
             raise Unreadable(f"{path}: color pixels of {pixels.dtype}, expected uint8")
@@ -233,11 +244,21 @@ def xray(path: File) -> bytes:
     return images.encode(np.rint(np.clip(windowed, 0, 1) * 255).astype(np.uint8))
 
 
-def _read(path: File, header_only: bool = False) -> Any:
+@contextlib.contextmanager
+def _open(path: File, limits: Limits) -> Iterator[Any]:
+    """Yields a file object for pydicom, of the inflated content if the file is deflated."""
+    with open_limited(path, limits.bytes) as file:
+        content = dicom_frames.inflated(file, limits)
+        yield file if content is None else io.BytesIO(content)
+
+
+def _read(path: File, limits: Limits, header_only: bool = False) -> Any:
     pydicom = volumes.need("pydicom", "DICOM files")
-    source = path.open() if isinstance(path, MemoryFile) else path
     try:
-        return pydicom.dcmread(source, stop_before_pixels=header_only, specific_tags=TAGS if header_only else None)
+        if not header_only and not isinstance(path, MemoryFile):
+            limits.check_bytes(os.stat(path).st_size)
+        with _open(path, limits) as file:
+            return pydicom.dcmread(file, stop_before_pixels=header_only, specific_tags=TAGS if header_only else None)
     except OSError as error:
         raise Unreadable(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except pydicom.errors.InvalidDicomError:
@@ -280,20 +301,28 @@ def _can_decode(syntax: Any) -> bool:
         return False
 
 
-def _pixels(path: File, frame: int | None = None, data: Any = None) -> tuple[Any, np.ndarray]:
+def _pixels(path: File, limits: Limits, frame: int | None = None, data: Any = None) -> tuple[Any, np.ndarray]:
     """Returns a data set that describes the pixels, and the stored values, [rows, columns] or [rows, columns, 3]."""
     pydicom = volumes.need("pydicom", "DICOM files")
     # Does not read the other frames from disk.
     frame_only = data is None and frame is not None and not isinstance(path, MemoryFile)
     if data is None:
-        data = pydicom.Dataset() if frame_only else _read(path)
+        data = pydicom.Dataset() if frame_only else _read(path, limits)
     if not frame_only and "PixelData" not in data:
         raise Unreadable(f"{path}: a DICOM file without pixels")
     try:
-        if isinstance(path, MemoryFile):
+        if not frame_only:
+            limits.check_image(int(data.Columns), int(data.Rows))
             dicom_frames.check(data, frame or 0)
-        options = {"ds_out": data, "specific_tags": PADDING} if frame_only else {}
-        pixels = pydicom.pixels.pixel_array(path if frame_only else data, index=frame, **options)
+            pixels = pydicom.pixels.pixel_array(data, index=frame)
+        else:
+            with _open(path, limits) as file:
+                header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=dicom_frames.TAGS)
+                limits.check_image(int(header.Columns), int(header.Rows))
+                dicom_frames.check(header, frame or 0, file)
+                pixels = pydicom.pixels.pixel_array(file, index=frame, ds_out=data, specific_tags=PADDING)
+    except LimitError:
+        raise
     except Exception as error:  # decoders raise anything
         syntax = getattr(data, "file_meta", {}).get("TransferSyntaxUID", None)
         compressed = syntax is not None and syntax.is_compressed
@@ -315,19 +344,19 @@ def _padding(data: Any, pixels: np.ndarray) -> np.ndarray:
 
 
 @named_errors
-def _hu(path: File, frame: int | None, rescale: tuple[float, float], data: Any) -> np.ndarray:
+def _hu(path: File, header: Header, limits: Limits, data: Any) -> np.ndarray:
     """Returns the Hounsfield units of one slice, int16 [rows, columns]; pixels outside the scan are air."""
-    data, pixels = _pixels(path, frame, data)
-    hu = pixels * np.float32(rescale[0]) + np.float32(rescale[1])
+    data, pixels = _pixels(path, limits, header.frame, data)
+    hu = pixels * np.float32(header.rescale[0]) + np.float32(header.rescale[1])
     hu[_padding(data, pixels)] = volumes.AIR
     return np.rint(np.clip(hu, -32768, 32767)).astype(np.int16)
 
 
-def _volume(headers: Sequence[Header], step: float, data: Any = None) -> Volume:
+def _volume(headers: Sequence[Header], step: float, limits: Limits, data: Any = None) -> Volume:
     first = headers[0]
     stack = np.empty((len(headers), *first.size), np.int16)
     for i, one in enumerate(headers):
-        stack[i] = _hu(one.path, one.frame, one.rescale, data)
+        stack[i] = _hu(one.path, one, limits, data)
     directions = _directions(first.orientation or (1.0, 0.0, 0.0, 0.0, 1.0, 0.0))
     if len(headers) > 1:  # slices are sorted along the body, but their normal may point in the opposite direction
         ends = np.asarray(headers[-1].position) - np.asarray(first.position)

@@ -1,23 +1,47 @@
-"""Checks the size of a compressed DICOM image before it is decoded.
+"""Checks the size of a compressed DICOM image before it is decoded, and limits that of an inflated file.
 
 Decoders take the size from the stream, not from Rows and Columns, so a small file could make them allocate gigabytes.
 """
 
 import struct
+import zlib
 from typing import Any
 
-MAX_SCANS = 100  # per JPEG; a progressive one has about ten, each a pass over the image
-MAX_SEGMENTS = 2_000  # per JPEG, before its first scan
+from lungjax.data.imaging.limits import CODESTREAM, Limits, jpeg_segments
+
 # Start-of-frame markers of JPEG (ITU T.81, table B.1) and, last, of JPEG-LS.
 FRAMES = (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7)
-SCAN = 0xDA
-WITHOUT_SEGMENT = (0x01, 0xD8, *range(0xD0, 0xD8))
+TAGS = ["Rows", "Columns", "NumberOfFrames", "ExtendedOffsetTable", "ExtendedOffsetTableLengths"]
+DEFLATED = b"1.2.840.10008.1.2.1.99"
+META_LENGTH = b"\x02\x00\x00\x00UL\x04\x00"  # start of the element
+EXPLICIT_LITTLE_ENDIAN = b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\x00"  # element
+MAX_META_BYTES = 2**16
 
 
-def check(data: Any, number: int = 0) -> None:
+def inflated(file: Any, limits: Limits) -> bytes | None:
+    """Returns a deflated DICOM file uncompressed, so that no parser inflates it without a limit; None for other files.
+
+    `file` is a seekable file object. Raises LimitError, or ValueError for a damaged file.
+    """
+    # The file meta information, with the transfer syntax, starts with its length in an element of 12 bytes.
+    head = file.read(144)
+    meta = file.read(min(int.from_bytes(head[140:144], "little"), MAX_META_BYTES))
+    if not head.startswith(META_LENGTH, 132) or DEFLATED not in meta:
+        file.seek(0)
+        return None
+    unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
+    content = unpacker.decompress(file.read(limits.bytes), limits.bytes + 1)
+    limits.check_bytes(len(content), "a deflated DICOM file that inflates to at least")
+    if not unpacker.eof:
+        raise ValueError("a truncated deflated DICOM file")
+    return b"\0" * 128 + b"DICM" + EXPLICIT_LITTLE_ENDIAN + content
+
+
+def check(data: Any, number: int = 0, file: Any = None) -> None:
     """Raises ValueError if a compressed frame of a pydicom data set differs in size from Rows and Columns.
 
-    Uncompressed pixels pass, because pydicom itself checks their byte count.
+    Uncompressed pixels pass, because pydicom itself checks their byte count. `file` is the position of the pixels in a
+    file of which `data` is only the header.
     """
     syntax = data.file_meta.get("TransferSyntaxUID", None)
     if syntax is None or not syntax.is_compressed or syntax.is_deflated:
@@ -26,7 +50,15 @@ def check(data: Any, number: int = 0) -> None:
     from pydicom.uid import RLELossless
 
     rows, columns = int(data.Rows), int(data.Columns)
-    frame = get_frame(data.PixelData, number, number_of_frames=int(data.get("NumberOfFrames", 1) or 1))
+    if file is not None:
+        file.seek(12, 1)  # tag, VR and length of the element with the pixels
+    offsets = [data.get(name, None) for name in ("ExtendedOffsetTable", "ExtendedOffsetTableLengths")]
+    frame = get_frame(
+        data.PixelData if file is None else file,
+        number,
+        number_of_frames=int(data.get("NumberOfFrames", 1) or 1),
+        extended_offsets=tuple(offsets) if all(offsets) else None,
+    )
     if syntax == RLELossless:
         _check_rle(frame, rows * columns)
     elif codestream_size(frame) != (rows, columns):
@@ -35,38 +67,13 @@ def check(data: Any, number: int = 0) -> None:
 
 def codestream_size(data: bytes) -> tuple[int, int]:
     """Returns the rows and columns of a JPEG, JPEG-LS or JPEG 2000 stream. Raises ValueError if it states no size."""
-    if data[:4] == b"\xff\x4f\xff\x51" and len(data) >= 24:  # JPEG 2000: SOC, then SIZ
+    if data[:4] == CODESTREAM and len(data) >= 24:
         right, bottom, left, top = struct.unpack(">4I", data[8:24])
         return bottom - top, right - left
     for marker, start, end in jpeg_segments(data)[0]:
         if marker in FRAMES and end - start >= 9:
             return struct.unpack(">HH", data[start + 5 : start + 9])
     raise ValueError("the compressed image does not specify its size")
-
-
-def jpeg_segments(data: bytes) -> tuple[list[tuple[int, int, int]], int]:
-    """Returns (marker, start, end) of each segment before the first scan of a JPEG, and the start of that scan.
-
-    Raises ValueError if it is not a JPEG, is damaged, or exceeds MAX_SEGMENTS or MAX_SCANS.
-    """
-    if data[:2] != b"\xff\xd8":
-        raise ValueError("not a JPEG")
-    segments: list[tuple[int, int, int]] = []
-    at = 2
-    while len(segments) <= MAX_SEGMENTS:
-        while data[at : at + 2] == b"\xff\xff":  # fill bytes
-            at += 1
-        if len(data) < at + 4 or data[at] != 0xFF:
-            raise ValueError("a damaged or truncated JPEG")
-        marker = data[at + 1]
-        if marker == SCAN:
-            if data.count(b"\xff\xda", at) > MAX_SCANS:
-                raise ValueError(f"the JPEG has more than {MAX_SCANS} scans")
-            return segments, at
-        size = 0 if marker in WITHOUT_SEGMENT else int.from_bytes(data[at + 2 : at + 4], "big")
-        segments.append((marker, at, at + 2 + size))
-        at += 2 + size
-    raise ValueError(f"the JPEG has more than {MAX_SEGMENTS} segments")
 
 
 def _check_rle(frame: bytes, pixels: int) -> None:

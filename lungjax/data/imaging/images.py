@@ -10,14 +10,20 @@ import hashlib
 import io
 import math
 import struct
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from lungjax.config import CROPS, INTERPOLATIONS, InputSpec, nearest
+from lungjax.data.folder_walk import check_regular
+from lungjax.data.imaging import limits as file_limits
+from lungjax.data.imaging.limits import LimitError, Limits
 
 Region = tuple[float, float, float, float]  # left, top, right, bottom in pixels; right and bottom exclusive
 
@@ -32,7 +38,8 @@ SUFFIXES = tuple(FORMATS)
 FORMAT_NAMES = "PNG, JPEG, TIFF, BMP, GIF (first frame), WebP and JPEG 2000"
 FIRST_FRAME = ("GIF", "MPO")  # other multi-page files are an error; an MPO is a JPEG with further images
 INTEGERS = ("I", "F", "I;16", "I;16L", "I;16B")  # Pillow's modes that are read as 16-bit gray
-MODES = ("1", "L", "P", "RGB", "RGBX", *INTEGERS, "LA", "La", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
+LOSSLESS = ("1", "L", "P", "RGB", "RGBX", *INTEGERS)
+MODES = (*LOSSLESS, "LA", "La", "PA", "RGBA", "RGBa", "CMYK", "YCbCr")
 ORIENTATION = 0x0112  # EXIF tag, and the transposition that turns each of its values upright
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -40,6 +47,8 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 RADIUS = {"bilinear": 1, "bicubic": 2, "lanczos": 3}  # of the kernels, in source pixels
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `Limits` are stricter
 
 
 def digest(array: np.ndarray) -> str:
@@ -106,7 +115,8 @@ def decode(data: bytes, window: tuple[float, float] | None, formats: tuple[str, 
     """Returns an encoded image as [H, W] (gray) or [H, W, 3] (RGB), uint8, or float32 in 0..255 for 16 bits.
 
     `window` holds the 16-bit values that become 0 and 255. `formats` lists the formats to try by Pillow's names, by
-    default all of FORMATS. Raises ValueError for an unreadable image, and for 16 bits without a window.
+    default all of FORMATS. The size is not limited; for files of unknown origin, see `read`. Raises ValueError for an
+    unreadable image, and for 16 bits without a window.
     """
     return np.asarray(load(data, window, formats))
 
@@ -115,7 +125,7 @@ def load(
     data: bytes, window: tuple[float, float] | None, formats: tuple[str, ...] | None = None
 ) -> np.ndarray | Image.Image:
     """Like `decode`, but returns gray 8-bit files as Pillow images, which saves two copies in `to_input`."""
-    image, _ = _open(data, formats)
+    image, _ = _open(data, formats, None)
     if isinstance(image, Image.Image) or image.dtype == np.uint8:
         return image
     if window is None:
@@ -256,15 +266,24 @@ def kernel_weights(x: np.ndarray, name: str) -> np.ndarray:
     return np.where(x < 3, np.sinc(x) * np.sinc(x / 3), 0.0)
 
 
-def read(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray, str]:
+def file_bytes(path: str | Path, limits: Limits = file_limits.DEFAULT) -> bytes:
+    """Returns the content of a file. Raises LimitError for one that is too large, ValueError unless it is regular."""
+    limits.check_bytes(check_regular(path).st_size)
+    return Path(path).read_bytes()
+
+
+def read(
+    data: bytes, formats: tuple[str, ...] | None = None, limits: Limits = file_limits.DEFAULT
+) -> tuple[np.ndarray, str]:
     """Returns a decoded image file, uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
 
     Images are turned upright according to their EXIF orientation. The format of a turned image is "" (except for TIFF),
     since the file has other pixels. The top of this module describes the conversion of modes; `formats` is as in
     `decode`. Raises ValueError if the file is unreadable, truncated, or multi-page (of FIRST_FRAME, the first frame is
-    read), if its mode is not in MODES, or if pixels of INTEGERS are not integers from 0 to 65535.
+    read), if its mode is not in MODES, or if pixels of INTEGERS are not integers from 0 to 65535; and LimitError if it
+    exceeds `limits`.
     """
-    image, form = _open(data, formats)
+    image, form = _open(data, formats, limits)
     return np.asarray(image), form
 
 
@@ -286,12 +305,28 @@ def orientation(exif: bytes) -> int:
     return 1
 
 
-def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarray | Image.Image, str]:
+def conversion(data: bytes) -> str:
+    """Returns the mode of a readable image file, such as "RGBA, 16 bits", if `read` loses part of it; "" otherwise."""
+    with Image.open(io.BytesIO(data), formats=tuple(FORMATS.values())) as picture:
+        mode = picture.mode + (" with transparency" if "transparency" in picture.info else "")
+        # From the header, because Pillow reduces 16-bit color to 8 bits.
+        bits = data[24] if picture.format == "PNG" else max(_tiff_tags(picture).get(258, (8,)))
+        mode += f", {bits} bits" if bits > 8 and picture.mode not in INTEGERS else ""
+    return "" if mode in LOSSLESS else mode
+
+
+def _open(data: bytes, formats: tuple[str, ...] | None, limits: Limits | None) -> tuple[np.ndarray | Image.Image, str]:
     own = _decode_own(data)
     if own is not None:
+        if limits is not None:
+            limits.check_image(*extent(own))
         return own, "PNG"
     try:
+        if limits is not None and data.startswith(b"\xff\xd8\xff"):
+            file_limits.jpeg_segments(data)
         with Image.open(io.BytesIO(data), formats=formats or tuple(FORMATS.values())) as picture:
+            if limits is not None:
+                _check_limits(picture, data, limits)
             problem = _unsupported(picture)
             if problem is None:
                 picture.load()
@@ -301,6 +336,10 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
                 image = upright if upright.mode == "L" else _array(upright)
                 if image is not None:
                     return image, upright.format or ""
+    except LimitError:
+        raise
+    except Image.DecompressionBombError as error:  # far above the limits
+        raise LimitError(str(error).split(",")[0], "pixels") from None
     except Image.UnidentifiedImageError:
         raise ValueError(f"unrecognized image format; supported formats: {FORMAT_NAMES}") from None
     except Exception as error:  # Pillow's exceptions depend on format and damage
@@ -310,12 +349,24 @@ def _open(data: bytes, formats: tuple[str, ...] | None = None) -> tuple[np.ndarr
     )
 
 
+def _tiff_tags(picture: Image.Image) -> Mapping[int, Any]:
+    return picture.tag_v2 if picture.format == "TIFF" else {}  # type: ignore[attr-defined]
+
+
+def _check_limits(picture: Image.Image, data: bytes, limits: Limits) -> None:
+    """Raises LimitError for an image, of which only the header has been read, that is too large."""
+    limits.check_image(*picture.size)
+    tags = _tiff_tags(picture)
+    limits.check_image(tags.get(322, 1), tags.get(323, 1))  # of tiles, which are decoded even for a small image
+    if picture.format == "JPEG2000":
+        file_limits.check_jpeg2000(data, limits)
+
+
 def _unsupported(picture: Image.Image) -> str | None:
-    pages = 1 if picture.format in FIRST_FRAME else getattr(picture, "n_frames", 1)
-    if pages > 1:
-        return f"{pages} pages in one file: save one image per file"
-    tags = picture.tag_v2 if picture.format == "TIFF" else {}  # type: ignore[attr-defined]
-    if picture.mode in INTEGERS and tags.get(262) == 0:
+    # The number of pages is unknown until all have been visited.
+    if picture.format not in FIRST_FRAME and getattr(picture, "is_animated", False):
+        return "several pages or frames in one file: save one image per file"
+    if picture.mode in INTEGERS and _tiff_tags(picture).get(262) == 0:
         return "a 16-bit TIFF with inverted gray levels: save it with 0 as black"
     return None if picture.mode in MODES else f"pixels of mode {picture.mode}; expected gray or color"
 

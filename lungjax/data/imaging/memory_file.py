@@ -1,4 +1,4 @@
-"""Uploaded files in memory, read like files on disk. Messages never quote them, since they may contain patient data."""
+"""Files on disk, and uploads in memory, whose content no message quotes, since they may contain patient data."""
 
 import functools
 import io
@@ -6,7 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-MAX_READS = 200_000  # per file; an element of a DICOM file takes two, and a CT slice has a few hundred elements
+from lungjax.data.imaging.limits import LimitError
+
+MAX_READS = 200_000  # per upload; an element of a DICOM file takes two, and a CT slice has a few hundred elements
+MAX_DISK_READS = 500_000  # per file on disk; an enhanced CT of 1500 slices needs some hundred thousand
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,25 +23,36 @@ class MemoryFile:
         """Returns the name of the file."""
         return self.name
 
-    def open(self) -> io.BytesIO:
-        """Returns a file object that raises ValueError after MAX_READS reads.
-
-        Without a limit, a few megabytes of empty or deeply nested elements would occupy a parser for a minute.
-        """
-        return _LimitedReads(self.data)
-
 
 File = str | MemoryFile
 
 
-class _LimitedReads(io.BytesIO):
-    reads = 0
+class LimitedReader(io.BufferedReader):
+    """A file that raises ValueError after `max_reads` reads, and for a read of more than `max_bytes` or of the rest.
+
+    Otherwise a few megabytes of empty or deeply nested elements would occupy a parser for a minute. pydicom reads the
+    rest only to inflate it, without a limit.
+    """
+
+    name = ""  # for pydicom; a file in memory has none
+    max_bytes = max_reads = 0
 
     def read(self, size: int | None = -1, /) -> bytes:
-        self.reads += 1
-        if self.reads > MAX_READS:
+        """Returns the next `size` bytes."""
+        self.max_reads -= 1
+        if self.max_reads < 0:
             raise ValueError("too many elements")
+        if size is None or not 0 <= size <= self.max_bytes:
+            raise ValueError("an element is too large")
         return super().read(size)
+
+
+def open_limited(file: File, max_bytes: int) -> LimitedReader:
+    """Opens a file on disk or in memory."""
+    in_memory = isinstance(file, MemoryFile)
+    reader = LimitedReader(io.BytesIO(file.data) if isinstance(file, MemoryFile) else io.FileIO(file))
+    reader.max_bytes, reader.max_reads = max_bytes, MAX_READS if in_memory else MAX_DISK_READS
+    return reader
 
 
 def quote(file: File, text: Any, instead: str = "") -> str:
@@ -65,11 +79,13 @@ def named_errors(read: Callable[..., Result]) -> Callable[..., Result]:
     """
 
     @functools.wraps(read)
-    def wrapper(file: File, *args: Any) -> Result:
+    def wrapper(file: File, *args: Any, **kwargs: Any) -> Result:
         try:
-            return read(file, *args)
+            return read(file, *args, **kwargs)
         except (Unreadable, MissingPackage):
             raise
+        except LimitError as error:
+            raise LimitError(f"{file}: {str(error).removeprefix(f'{file}: ')}", error.reason) from None
         except Exception as error:
             raise Unreadable(f"{file}: a damaged file {quote(file, f'({type(error).__name__}: {error})')}") from None
 

@@ -67,10 +67,9 @@ def resize(image: np.ndarray) -> np.ndarray:
 
 
 def body_mask(square: np.ndarray) -> np.ndarray | None:
-    """Returns the CT-COV19 study's body mask of a gray image [h, w]; None without edges.
+    """Returns the CT-COV19 study's body mask of a gray image [h, w], without its unused repair; None without edges.
 
-    The steps are threshold 150, margin, erosion, Canny, dilation, and the longest contour, filled. The study's code can
-    also repair a mask that is open at the top edge, but no published call does so.
+    The steps are threshold 150, margin, erosion, Canny, dilation, and the longest contour, filled.
     """
     bright = np.pad(square > THRESHOLD, MARGIN)
     bright = ndimage.binary_erosion(bright, SQUARE, border_value=1)
@@ -80,10 +79,7 @@ def body_mask(square: np.ndarray) -> np.ndarray | None:
 
 
 def canny(image: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Returns OpenCV's Canny edges of a uint8 image, bool [h, w]: 3x3 Sobel, L1 norm, no smoothing.
-
-    scikit-image smooths first and uses the Euclidean norm, so the study's thresholds would not carry over.
-    """
+    """Returns OpenCV's Canny edges, bool [h, w]: 3x3 Sobel, L1 norm; scikit-image smooths, and uses the L2 norm."""
     values = image.astype(np.int32)
     dx = ndimage.sobel(values, axis=1, mode="nearest")
     dy = ndimage.sobel(values, axis=0, mode="nearest")

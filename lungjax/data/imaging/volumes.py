@@ -8,6 +8,7 @@ import functools
 import hashlib
 import importlib
 import itertools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from lungjax.data.imaging import images
+from lungjax.data.imaging.limits import DEFAULT, Limits
 from lungjax.data.imaging.memory_file import MissingPackage
 
 AIR = -1000  # Hounsfield units
 PLANES = {"axial": 0, "coronal": 1, "sagittal": 2}  # the axis of `Volume.hu` normal to the plane
-CACHE_SIZE = 2  # volumes, because threads may read the end of one and the start of the next
+CACHE_SIZE = 2  # volumes in memory, because threads may use the end of one while the next one is read
 
 Windows = tuple[tuple[float, float], ...]
 Result = TypeVar("Result")
@@ -71,17 +73,20 @@ def canonical(array: np.ndarray, directions: np.ndarray, spacing: Sequence[float
     return Volume(flipped, (spacing[order[0]], spacing[order[1]], spacing[order[2]]))
 
 
-def cut(volume: Volume, plane: str, index: int) -> np.ndarray:
+def cut(volume: Volume, plane: str, index: int, limits: Limits = DEFAULT) -> np.ndarray:
     """Returns one plane of a volume, float32 [h, w] in Hounsfield units, with square pixels.
 
     The axis with the larger spacing is interpolated linearly to the smaller spacing, over the same field of view.
+    Raises LimitError if the plane then has too many pixels.
     """
     axis = PLANES[plane]
-    flat = np.take(volume.hu, index, axis=axis).astype(np.float32)
+    flat = np.moveaxis(volume.hu, axis, 0)[index]  # np.take would copy the volume, which is not contiguous
     if plane != "axial":
         flat = flat[::-1]  # head up
     mm = [volume.spacing[i] for i in range(3) if i != axis]
     size = (max(1, round(flat.shape[0] * mm[0] / min(mm))), max(1, round(flat.shape[1] * mm[1] / min(mm))))
+    limits.check_image(size[1], size[0])
+    flat = flat.astype(np.float32)
     return flat if size == flat.shape else images.resize(flat, images.full_region(flat), size, "bilinear", True)
 
 
@@ -98,9 +103,9 @@ def render(hu: np.ndarray, windows: Windows) -> np.ndarray:
     return channels[0] if len(channels) == 1 else np.stack(channels, axis=-1)
 
 
-def picture(volume: Volume, plane: str, index: int, windows: Windows) -> bytes:
+def picture(volume: Volume, plane: str, index: int, windows: Windows, limits: Limits = DEFAULT) -> bytes:
     """Returns one plane of a volume as a PNG file; see `cut` and `render`."""
-    return images.encode(render(cut(volume, plane, index), windows))
+    return images.encode(render(cut(volume, plane, index, limits), windows))
 
 
 def raise_error(problem: str) -> bytes:
@@ -109,13 +114,42 @@ def raise_error(problem: str) -> bytes:
 
 
 def cache_latest(read: Callable[..., Result]) -> Callable[..., Result]:
-    """Caches the last CACHE_SIZE results of `read`; since volumes are large, only one thread reads at a time."""
-    cached = functools.lru_cache(maxsize=CACHE_SIZE)(read)
+    """Caches the last CACHE_SIZE results or errors of `read`, whose first argument may be the path of a file.
+
+    A file that has changed is read again. Since volumes are large, only one thread reads at a time.
+    """
+    cache: dict[Any, Result | ValueError] = {}  # the least recently used first
     lock = threading.Lock()
 
     @functools.wraps(read)
     def wrapper(*args: Any) -> Result:
         with lock:
-            return cached(*args)
+            key = (args, _version(args[0]))
+            if key in cache:
+                cache[key] = result = cache.pop(key)
+            else:
+                while len(cache) >= CACHE_SIZE:
+                    del cache[next(iter(cache))]
+                try:
+                    result = read(*args)
+                except ValueError as error:
+                    result = error
+                cache[key] = _copy(result) if isinstance(result, ValueError) else result
+        if isinstance(result, ValueError):
+            raise _copy(result) from None
+        return result
 
     return wrapper
+
+
+def _version(path: Any) -> tuple[int, int] | None:
+    """Returns size and time of change of a file; None for anything else."""
+    if isinstance(path, str) and os.path.exists(path):
+        stat = os.stat(path)
+        return stat.st_size, stat.st_mtime_ns
+    return None
+
+
+def _copy(error: ValueError) -> ValueError:
+    """Returns an error without its traceback, which holds the arrays of a reader."""
+    return type(error)(*error.args)

@@ -1,13 +1,13 @@
 """Processes one image of a data set: decodes, checks, applies the stage, resizes, hashes and measures it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from lungjax.data import duplicates, prepared, preprocess
 from lungjax.data.imaging import images
+from lungjax.data.imaging.limits import DEFAULT, Limits
 from lungjax.data.preprocess import Box
 from lungjax.datasets.listing import Example
 
@@ -20,6 +20,7 @@ class ImageOptions:
     size: tuple[int, int] | None = None  # height, width
     body: bool = False  # store a body mask
     window: tuple[float, float] | None = None  # 16-bit values that become 0 and 255
+    limits: Limits = DEFAULT
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ProcessedImage:
     histogram: np.ndarray | None  # int64 [65536] of a 16-bit image's values, None for 8 bits
     body: bytes  # packed bits, empty if not requested
     found: bool  # False if the stage detected no body or no lung
+    conversion: str  # the file's mode if reading it lost part of it, see images.conversion
     original: bool  # whether `data` is the file itself
 
 
@@ -48,8 +50,10 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | s
     Raises ValueError for a box outside the image, which is an error in a table.
     """
     try:
-        data = Path(example.image).read_bytes() if isinstance(example.image, str) else example.image()
-        array, form = images.read(data)
+        file = example.image
+        data = images.file_bytes(file, options.limits) if isinstance(file, str) else file()
+        array, form = images.read(data, limits=options.limits)
+        conversion = images.conversion(data)
     except (ValueError, OSError) as error:
         return str(error)
     height, width = array.shape[:2]
@@ -91,6 +95,7 @@ def process_image(example: Example, options: ImageOptions) -> ProcessedImage | s
         histogram=np.bincount(array.ravel(), minlength=1 << 16) if deep else None,
         body=np.packbits(body > 127).tobytes(),
         found=found,
+        conversion=conversion,
         original=original and isinstance(example.image, str),
     )
 

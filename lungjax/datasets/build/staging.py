@@ -8,6 +8,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lungjax.data import prepared
+from lungjax.runtime.files import name_disk_errors, sync_path
+
 SPARE_BYTES = 64 << 20  # disk space that must stay free
 
 
@@ -25,19 +28,26 @@ def locked(data_dir: Path, name: str) -> Iterator[Path]:
         try:
             shutil.rmtree(root, ignore_errors=True)  # of a killed run
             root.mkdir(parents=True)
-            yield root
+            with name_disk_errors(root):
+                yield root
         finally:
             shutil.rmtree(root, ignore_errors=True)
 
 
 def publish(written: Path, final: Path) -> None:
-    """Moves a complete data set to `final`; an existing one is removed last."""
+    """Syncs a complete data set to the disk and moves it to `final`; an existing one is removed last.
+
+    After a kill between the two renames, `prepared.directory` returns the old one.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
-    old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
+    for path in (*written.rglob("*"), written):
+        sync_path(path)
+    old = final.with_name(final.name + prepared.OLD)
     if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     written.rename(final)
+    sync_path(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

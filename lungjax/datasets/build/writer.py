@@ -13,7 +13,7 @@ import os
 import pickle
 import shutil
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ import numpy as np
 
 from lungjax import __version__
 from lungjax.data import duplicates, leakage, prepared, summary
-from lungjax.data.prepared import Prepared
+from lungjax.data.imaging.limits import DEFAULT, Limits
 from lungjax.datasets import folder_volumes
 from lungjax.datasets.build import staging, tfds_builder
 from lungjax.datasets.build.process_image import ImageOptions, ProcessedImage, process_image
@@ -45,6 +45,7 @@ class _Images:
     listing: Listing
     options: ImageOptions
     on_bad_image: str
+    on_no_lung: str
     thumbnails: Path  # a file with one thumbnail per row, because memory may not hold them
     shard_folder: Path  # the processed images of complete shards, see `process_shard`
     bar: Any
@@ -83,8 +84,12 @@ class _Images:
                 raise ValueError(line + SKIP)
             self.skipped.append(line)
             return None
-        self.unstaged += [] if result.found else [example.file]
-        return result
+        if not result.found:
+            self.unstaged.append(example.file)
+            if self.on_no_lung == "fail":
+                line = f"{_place(example)}{example.file}"
+                raise ValueError(f"{line}: no body or lung was detected; use --on_no_lung=keep or skip")
+        return result if result.found or self.on_no_lung == "keep" else None
 
     def columns(self) -> dict[str, np.ndarray]:
         """Returns the columns of the index, with the initial splits. Raises ValueError if no image was stored."""
@@ -134,21 +139,25 @@ def prepare(
     size: tuple[int, int] | None = None,
     window: tuple[float, float] | None = None,
     on_bad_image: str = "fail",
+    on_no_lung: str = "keep",
     overwrite: bool = False,
     keep: bool = False,
     quiet: bool = False,
+    limits: Limits = DEFAULT,
 ) -> dict[str, Any]:
     """Writes the data set `name`; returns its summary, which is also stored as summary.json and summary.md.
 
-    `stage`, `size` and `window` are those of `ImageOptions`; without a window, percentiles 0.5 and 99.5 of train are
-    used. `on_bad_image` is "fail", or "skip" to list and skip unreadable and missing images. `keep` returns {} for an
-    existing data set, which another process may have written; `overwrite` replaces it. `quiet` suppresses the output.
+    `stage`, `size`, `window` and `limits` are those of `ImageOptions`; without a window, percentiles 0.5 and 99.5 of
+    train are used. `on_bad_image` is "fail", or "skip" to list and skip unreadable and missing images. `on_no_lung` is
+    "keep" to store the previous stage of an image without a detected body or lung, "skip" or "fail". `keep` returns {}
+    for an existing data set, which another process may have written; `overwrite` replaces it. `quiet` suppresses the
+    output.
 
     Raises ValueError for a bad image, a box outside its image, too little disk space, or an existing data set.
     """
     say: Callable[[str], None] = (lambda text: None) if quiet else print
-    final = prepared.directory(data_dir, name)
-    options = ImageOptions(stage, size, listing.body, window)
+    options = ImageOptions(stage, size, listing.body, window, limits)
+    final = data_dir / name / prepared.VERSION  # without the recovery of `prepared.directory`
     with staging.locked(data_dir, name) as root:
         if prepared.is_prepared(final) and keep:
             return {}
@@ -165,7 +174,7 @@ def prepare(
         present = [e for e, size in zip(listing.examples, sizes, strict=True) if size]
         with progress_bar(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
             paths = (root / "thumbnails", shard_folder)
-            images = _Images(listing, options, on_bad_image, *paths, bar, missing)
+            images = _Images(listing, options, on_bad_image, on_no_lung, *paths, bar, missing)
             shards = images.shards(present, [size for size in sizes if size])
             tfds_builder.write(name, root, listing.classes, shards)
         written = prepared.directory(root, name)
@@ -190,7 +199,9 @@ def prepare(
         info |= {"size": size, "body": listing.body, "modality": listing.modality, "volumes": listing.volumes}
         prepared.write_index(written, info, columns, twins.pairs)
         data = prepared.load(written, name)
-        _check_order(data)
+        converted = Counter(image.conversion for _, image in images.stored if image.conversion)
+        if modes := ", ".join(f"{mode} ({count:,})" for mode, count in sorted(converted.items())):
+            notes.append(f"images converted to 8-bit gray or RGB without transparency, by mode: {modes}")
         notes = [note for note in (*listing.notes, *notes, twins.note, *removed) if note]
         lines = (images.skipped, images.unstaged, notes)
         result = summary.summarize(data, info, *lines, listing.group_name, listing.warnings)
@@ -235,20 +246,22 @@ def _place(example: Example) -> str:
 def process_shard(
     examples: Sequence[Example], options: ImageOptions, folder: Path
 ) -> Iterator[tuple[Example, ProcessedImage | str]]:
-    """Yields the results of `process_images`, and saves them in `folder` for the next run unless an image is bad."""
+    """Yields the results of `process_images`, and saves them in `folder` for the next run, which retries bad images."""
     path = folder / _shard_key(examples, options)
     if path.exists():
         for example, image in zip(examples, pickle.loads(zlib.decompress(path.read_bytes())), strict=True):
-            yield example, replace(image, data=Path(str(example.image)).read_bytes()) if image.original else image
+            if isinstance(image, str):
+                image = process_image(example, options)
+            elif image.original:
+                image = replace(image, data=Path(str(example.image)).read_bytes())
+            yield example, image
         return
     saved = []
     for example, result in process_images(examples, options):
-        if isinstance(result, ProcessedImage):
-            saved.append(replace(result, data=b"") if result.original else result)
+        saved.append(replace(result, data=b"") if isinstance(result, ProcessedImage) and result.original else result)
         yield example, result
-    if len(saved) == len(examples):
-        with atomic_file(path) as partial:
-            partial.write_bytes(zlib.compress(pickle.dumps(saved), 1))
+    with atomic_file(path) as partial:
+        partial.write_bytes(zlib.compress(pickle.dumps(saved), 1))
 
 
 def _shard_key(examples: Sequence[Example], options: ImageOptions) -> str:
@@ -260,6 +273,7 @@ def _shard_key(examples: Sequence[Example], options: ImageOptions) -> str:
             stat = os.stat(path)
             versions[path] = stat.st_size, stat.st_mtime_ns
     inputs = [(example.file, example.image, example.box, example.transform) for example in examples]
+    options = replace(options, limits=DEFAULT)  # a run with higher limits resumes the one that failed
     content = pickle.dumps((__version__, options, inputs, sorted(versions.items())))
     return hashlib.blake2b(content, digest_size=12).hexdigest()
 
@@ -293,12 +307,3 @@ def _pool(examples: Sequence[Example], options: ImageOptions, workers: int) -> E
     if slow < 50 * workers or workers == 1:
         return ThreadPoolExecutor(workers)
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), environment.exit_with_parent)
-
-
-def _check_order(data: Prepared) -> None:
-    # Training assumes that record i is row i of the index; if TFDS shuffled, every label would be wrong.
-    files = data.columns["file"]
-    sample = {0, len(files) - 1, *np.random.default_rng(0).integers(0, len(files), 30).tolist()}
-    wrong = [i for i in sorted(sample) if data.records[i]["file"].decode() != files[i]]
-    if wrong:
-        raise RuntimeError(f"{data.name}: the records are not in the order of the index, first at row {wrong[0]}")

@@ -97,11 +97,6 @@ def half_sizes(build: Build, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return width, build.depth * np.interp(level, levels, (0.42, 0.66, 0.85, 0.98, 1.0, 1.0))
 
 
-def chest(build: Build, level: float) -> Chest:
-    """Returns the cross-section of a patient at a level."""
-    return Chest(build, level, *map(float, half_sizes(build, np.asarray(level))))
-
-
 def wall(c: Chest, g: Grid) -> np.ndarray:
     """Returns the distance to the inner chest wall, negative in the cavity, float32 [H, W]."""
     middle, a, b = c.half
@@ -109,10 +104,7 @@ def wall(c: Chest, g: Grid) -> np.ndarray:
 
 
 def at_wall(c: Chest, side: int, angle: float, depth: float) -> tuple[float, float, float]:
-    """Returns the point `depth` mm inside the chest wall and the direction of the wall there in radians.
-
-    `side` is -1 or 1 as in `Lungs.side`; `angle` is 0 at the side, pi/2 at the back, -pi/2 at the front.
-    """
+    """Returns the point `depth` mm inside the wall and its direction; `angle` is 0 laterally, pi/2 at the back."""
     middle, a, b = c.half
     y = (b - depth) * math.sin(angle)
     x = middle + LEAN * y + (a - depth) * math.cos(angle)

@@ -101,10 +101,7 @@ def _ground_glass(lesion: Lesion, q: np.ndarray, size: float, g: Grid, rng: np.r
 def draw_incidental(
     c: Chest, g: Grid, lung: Lungs, patient: np.random.Generator, rng: np.random.Generator
 ) -> np.ndarray:
-    """Returns the field of findings that any class may have, float32 [H, W]; below 0 where air is trapped.
-
-    `patient` has the same seed for all slices of a patient; `rng` has a different one for each slice.
-    """
+    """Returns the field of findings of any class, float32 [H, W], below 0 for trapped air; `rng` varies by slice."""
     middle, a, b = c.half
     field = patient.uniform(0.0, 0.04) * noise(rng, g, 22) + 0.012 * noise(rng, g, 5)
     haze, thickness, tilt = patient.uniform(0.06, 0.25), patient.uniform(5, 16), patient.uniform(-0.5, 0.5)

@@ -158,10 +158,7 @@ def draw_slice(patient: Patient, level: float) -> Phantom:
 
 
 def draw_radiograph(patient: Patient) -> np.ndarray:
-    """Returns a chest X-ray of a patient, uint8 [H, 192]: the sum of slices from front to back, bones are white.
-
-    It is blurred, since it has only 16 slices of 64 x 64 pixels.
-    """
+    """Returns a blurred chest X-ray, uint8 [H, 192], bones white: the sum of 16 slices of 64 x 64 pixels."""
     side, levels = 64, np.linspace(0, 1.2, 16)
     scanner = replace(patient.scanner, view="square", table=False)
     pixel = patient.pixel * patient.size[1] / side
@@ -180,7 +177,8 @@ def body_box(patient: Patient, level: float) -> tuple[int, int, int, int]:
 
 def _chest(patient: Patient, level: float) -> tuple[anatomy.Chest, canvas.Grid]:
     g = canvas.grid(patient.size, patient.pixel, patient.shift, patient.rotation)
-    return anatomy.chest(patient.build, level), g
+    half_sizes = map(float, anatomy.half_sizes(patient.build, np.asarray(level)))
+    return anatomy.Chest(patient.build, level, *half_sizes), g
 
 
 def _scan(hu: np.ndarray, patient: Patient, rng: np.random.Generator) -> np.ndarray:

@@ -49,10 +49,7 @@ def pair(value: int | Sequence[int]) -> Pair:
 
 
 def explicit_pads(padding: Padding, size: Pair, kernel: Pair, strides: Pair) -> Pads:
-    """Returns ((top, bottom), (left, right)) for "SYMMETRIC" or a padding that lax accepts.
-
-    "SYMMETRIC" is (kernel - 1) // 2 on every side as in torch; it differs from SAME on even maps at stride 2.
-    """
+    """Returns ((top, bottom), (left, right)) of a padding of lax, or "SYMMETRIC": (kernel - 1) // 2 as in torch."""
     if not isinstance(padding, int | str):
         rows, columns = padding
     elif isinstance(padding, int):
@@ -247,10 +244,7 @@ def scatter_gradient(
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Returns the gradient of the kernel, in one loop over the map if 3x3; that of a large kernel compiles slowly.
-
-    Each element of a loop's result sums several cells; with one product per element, memory would be the bottleneck.
-    """
+    """Returns the kernel's gradient, in one loop if 3x3; each result sums several cells, which saves memory traffic."""
     kh, kw, _, _ = kernel.shape
     rows, columns = (_parts(n, limit) for n, limit in zip(dy.shape[1:3], MAX_SUMMED_CELLS, strict=True))
     dy = pad(dy, [(0, -n % parts) for n, parts in zip(dy.shape[1:3], (rows, columns), strict=True)])

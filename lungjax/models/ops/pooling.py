@@ -27,8 +27,7 @@ def window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Arr
     The gradient goes to the first of equal maxima, row by row. On the CPU, the maximum is taken over shifted slices in
     one loop, fused with the bias and the activation before it.
     """
-    options = {"window": window, "strides": strides, "pads": pads}
-    return cpu_or_default(x, cpu=_window_max, default=plain_window_max, **options)
+    return cpu_or_default(x, cpu=_window_max, default=plain_window_max, window=window, strides=strides, pads=pads)
 
 
 def _window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Array:
