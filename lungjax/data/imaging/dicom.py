@@ -4,10 +4,8 @@ A file is a path or a `MemoryFile`. A CT file has one slice, or several frames w
 DICOM PS3.3 A.38), which become slices of one series.
 """
 
-import contextlib
-import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,21 +242,15 @@ def xray(path: File, limits: Limits = DEFAULT) -> bytes:
     return images.encode(np.rint(np.clip(windowed, 0, 1) * 255).astype(np.uint8))
 
 
-@contextlib.contextmanager
-def _open(path: File, limits: Limits) -> Iterator[Any]:
-    """Yields a file object for pydicom, of the inflated content if the file is deflated."""
-    with open_limited(path, limits.bytes) as file:
-        content = dicom_frames.inflated(file, limits)
-        yield file if content is None else io.BytesIO(content)
-
-
 def _read(path: File, limits: Limits, header_only: bool = False) -> Any:
     pydicom = volumes.need("pydicom", "DICOM files")
     try:
         if not header_only and not isinstance(path, MemoryFile):
             limits.check_bytes(os.stat(path).st_size)
-        with _open(path, limits) as file:
-            return pydicom.dcmread(file, stop_before_pixels=header_only, specific_tags=TAGS if header_only else None)
+        tags = TAGS if header_only else None
+        with open_limited(path, limits.bytes) as opened:
+            file = dicom_frames.inflated(opened, limits)
+            return pydicom.dcmread(file, stop_before_pixels=header_only, specific_tags=tags)
     except OSError as error:
         raise Unreadable(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except pydicom.errors.InvalidDicomError:
@@ -316,7 +308,8 @@ def _pixels(path: File, limits: Limits, frame: int | None = None, data: Any = No
             dicom_frames.check(data, frame or 0)
             pixels = pydicom.pixels.pixel_array(data, index=frame)
         else:
-            with _open(path, limits) as file:
+            with open_limited(path, limits.bytes) as opened:
+                file = dicom_frames.inflated(opened, limits)
                 header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=dicom_frames.TAGS)
                 limits.check_image(int(header.Columns), int(header.Rows))
                 dicom_frames.check(header, frame or 0, file)
