@@ -173,16 +173,15 @@ def _members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
     with archive:
         if ABOUT not in archive.namelist():
             raise ValueError(f"{path}: a zip, but not from lungjax.export (no {ABOUT})")
-        return {name: _member(archive, name, path) for name in names}
-
-
-def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
-    if name in archive.namelist() and archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{path}: {name} is compressed, so the file is not from lungjax.export")
-    try:
-        return archive.read(name)  # verifies its checksum
-    except Exception as error:  # as above
-        raise ValueError(f"{path}: {name} is missing or damaged ({error}); copy or export it again") from None
+        contents = {}
+        for name in names:
+            if name in archive.namelist() and archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{path}: {name} is compressed, so the file is not from lungjax.export")
+            try:
+                contents[name] = archive.read(name)  # verifies its checksum
+            except Exception as error:  # as above
+                raise ValueError(f"{path}: {name} is missing or damaged ({error}); copy or export it again") from None
+        return contents
 
 
 def _weights(data: bytes, where: str) -> dict[str, np.ndarray]:

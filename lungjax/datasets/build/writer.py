@@ -189,14 +189,9 @@ def prepare(
             columns["split"], columns["label"], group, pixels, twins.pairs, listing.group_name
         )
         columns["split"] = np.asarray(clean)
-        info: dict[str, Any] = {
-            "name": name,
-            "classes": listing.classes,
-            "window": window,
-            "study": listing.study,
-            "stage": stage,
-        }
-        info |= {"size": size, "body": listing.body, "modality": listing.modality, "volumes": listing.volumes}
+        info: dict[str, Any] = {"name": name, "classes": listing.classes, "window": window, "study": listing.study}
+        info |= {"stage": stage, "size": size, "body": listing.body}
+        info |= {"modality": listing.modality, "volumes": listing.volumes}
         prepared.write_index(written, info, columns, twins.pairs)
         data = prepared.load(written, name)
         converted = Counter(image.conversion for _, image in images.stored if image.conversion)
