@@ -112,8 +112,7 @@ class Program:
 
     def outputs(self, pixels: np.ndarray) -> dict[str, Any]:
         """Returns `probabilities`, `logits` [B, classes] and `features` [B, F] of uint8 [B, H, W, C], B above zero."""
-        outputs: dict[str, Any] = self._compiled["predict"](self._device_weights, pixels)
-        return outputs
+        return dict(self._compiled["predict"](self._device_weights, pixels))
 
     def gradcam(self, pixels: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Returns Grad-CAM maps float32 [B, H, W] in 0..1 of the classes `targets` int [B]; -1 is the predicted one."""

@@ -189,15 +189,13 @@ class Service:
             data, file.data = file.data, b""
             upload = uploads.read(data, limits, self.metadata.hu_windows, self.metadata.plane)
             del data
-            try:
-                size = sum(image.nbytes for image in upload.images)
-                inputs = [self.model.prepare(image, modality=upload.modality) for image in upload.images]
-                pixels = sum(image.shape[0] * image.shape[1] for image in upload.images)
-                return _Decoded(file.name, inputs, upload.series, size, pixels)
-            except ValueError as error:
-                raise UploadError(422, "content", str(error)) from None
-        except UploadError as error:
-            return _Decoded(file.name, error=error)
+            size = sum(image.nbytes for image in upload.images)
+            inputs = [self.model.prepare(image, modality=upload.modality) for image in upload.images]
+            pixels = sum(image.shape[0] * image.shape[1] for image in upload.images)
+            return _Decoded(file.name, inputs, upload.series, size, pixels)
+        except ValueError as error:
+            problem = error if isinstance(error, UploadError) else UploadError(422, "content", str(error))
+            return _Decoded(file.name, error=problem)
 
     def _record(self, file: _Decoded, p: np.ndarray, rule: str) -> dict[str, Any]:
         """Returns the record of a file from the mean over its frames of the probabilities `p` [frames, classes]."""

@@ -165,11 +165,6 @@ def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
         raise UnsafePickleError(f"truncated or damaged pickle: {type(error).__name__}: {error}") from None
 
 
-def is_stream(start: bytes) -> bool:
-    """Returns whether a file that begins with `start` has the older stream format."""
-    return start[:1] == b"\x80" and start[2:14] == LONG
-
-
 def read_stream(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], IO[bytes]]:
     """Opens a file of the older format; returns the names of the tensors, a function that reads one, and the open file.
 

@@ -211,13 +211,7 @@ def cut(
     headers: tuple[Header, ...], step: float, plane: str, index: int, windows: Windows, limits: Limits = DEFAULT
 ) -> bytes:
     """Returns a slice of a sorted series in `plane` as a PNG file; caches the volume. Same errors as `picture`."""
-    return volumes.picture(volume(headers, step, limits), plane, index, windows, limits)
-
-
-@volumes.cache_latest
-def volume(headers: tuple[Header, ...], step: float, limits: Limits = DEFAULT) -> Volume:
-    """Reads a sorted series with slices `step` mm apart. Raises the same errors as `picture`."""
-    return _volume(headers, step, limits)
+    return volumes.picture(_cached_volume(headers, step, limits), plane, index, windows, limits)
 
 
 @named_errors
@@ -346,6 +340,7 @@ def _hu(path: File, header: Header, limits: Limits, data: Any) -> np.ndarray:
 
 
 def _volume(headers: Sequence[Header], step: float, limits: Limits, data: Any = None) -> Volume:
+    """Reads a sorted series with slices `step` mm apart. Raises the same errors as `picture`."""
     first = headers[0]
     stack = np.empty((len(headers), *first.size), np.int16)
     for i, one in enumerate(headers):
@@ -355,6 +350,9 @@ def _volume(headers: Sequence[Header], step: float, limits: Limits, data: Any = 
         ends = np.asarray(headers[-1].position) - np.asarray(first.position)
         directions[0] *= 1.0 if ends @ directions[0] > 0 else -1.0
     return volumes.canonical(stack, directions, (step, *(first.spacing or (1.0, 1.0))))
+
+
+_cached_volume = volumes.cache_latest(_volume)
 
 
 def _directions(orientation: Sequence[float]) -> np.ndarray:
