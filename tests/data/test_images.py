@@ -49,6 +49,12 @@ def test_damaged_files():
                 images.read(data[: int(part * len(data))])
 
 
+def test_longest_side():
+    assert images.read(encoded(Image.new("L", (30_000, 20))))[0].shape == (20, 30_000)
+    with pytest.raises(ValueError, match="axis"):
+        images.read(encoded(Image.new("L", (60_000, 20))))
+
+
 def test_digest_of_pixels_and_shape():
     changed = GRAY.copy()
     changed[3, 4] ^= 1

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 BYTES_PER_PIXEL = 8  # of an uncompressed file, at most: four channels of 16 bits
-MAX_AXIS = 32_767  # voxels along each axis of a volume, as in NIfTI-1
+MAX_AXIS = 32_767  # pixels or voxels along each axis, as in NIfTI-1
 MAX_SCANS = 20  # per JPEG; a progressive one has about ten, each a pass over the image
 MAX_SEGMENTS = 2_000  # per JPEG
 SCAN, END = 0xDA, 0xD9
@@ -40,15 +40,12 @@ class Limits:
     bytes_flag: ClassVar[str] = "--max_megapixels"
 
     def check_image(self, width: int, height: int) -> None:
-        """Raises LimitError for an image with too many pixels."""
-        _check("pixels", f"{width} x {height} pixels", width * height, self.pixels, "--max_megapixels")
+        """Raises LimitError for an image with too many pixels in total or along one side."""
+        _check_shape("pixels", (width, height), self.pixels, "--max_megapixels")
 
     def check_volume(self, shape: tuple[int, ...]) -> None:
         """Raises LimitError for a volume with too many voxels in total or along one axis."""
-        volume = f"{' x '.join(map(str, shape))} voxels"
-        _check("voxels", volume, math.prod(shape), self.voxels, "--max_megavoxels")
-        if max(shape) > MAX_AXIS:
-            raise LimitError(f"{volume}; at most {MAX_AXIS} along an axis are accepted", "voxels")
+        _check_shape("voxels", shape, self.voxels, "--max_megavoxels")
 
     def check_bytes(self, count: int, what: str = "the file has") -> None:
         """Raises LimitError for too many bytes."""
@@ -63,6 +60,13 @@ def _check(reason: str, what: str, count: int, limit: int, flag: str) -> None:
         raise LimitError(f"{what}; at most {limit} are accepted, which {flag} raises", reason)
 
 
+def _check_shape(unit: str, shape: tuple[int, ...], limit: int, flag: str) -> None:
+    what = f"{' x '.join(map(str, shape))} {unit}"
+    _check(unit, what, math.prod(shape), limit, flag)
+    if max(shape) > MAX_AXIS:
+        raise LimitError(f"{what}; at most {MAX_AXIS} along an axis are accepted", unit)
+
+
 def jpeg_segments(data: bytes) -> tuple[list[tuple[int, int, int]], int]:
     """Returns (marker, start, end) of each segment before the first scan of a JPEG, and the start of that scan.
 
@@ -73,10 +77,10 @@ def jpeg_segments(data: bytes) -> tuple[list[tuple[int, int, int]], int]:
     segments: list[tuple[int, int, int]] = []
     scans, first, at = 0, 0, 2
     for _ in range(MAX_SEGMENTS):
-        found = MARKER.search(data, at)
-        if found is None or data[found.end() - 1] == END:
+        match = MARKER.search(data, at)
+        if match is None or data[match.end() - 1] == END:
             break
-        start, marker = found.start(), data[found.end() - 1]
+        start, marker = match.start(), data[match.end() - 1]
         size = 0 if marker in WITHOUT_SEGMENT else int.from_bytes(data[start + 2 : start + 4], "big")
         at = start + 2 + size
         if marker == SCAN:
@@ -94,7 +98,7 @@ def jpeg_segments(data: bytes) -> tuple[list[tuple[int, int, int]], int]:
 
 def check_jpeg2000(data: bytes, limits: Limits) -> None:
     """Checks image and tiles of every JPEG 2000 codestream in a file, whose sizes in the boxes around it may differ."""
-    for found in re.finditer(re.escape(CODESTREAM), data):
-        right, bottom, left, top, width, height = struct.unpack_from(">6I", data, found.start() + 8)
+    for match in re.finditer(re.escape(CODESTREAM), data):
+        right, bottom, left, top, width, height = struct.unpack_from(">6I", data, match.start() + 8)
         limits.check_image(right - left, bottom - top)
         limits.check_image(min(width, right), min(height, bottom))

@@ -244,15 +244,17 @@ def process_shard(
 ) -> Iterator[tuple[Example, ProcessedImage | str]]:
     """Yields the results of `process_images`, and saves them in `folder` for the next run, which retries bad images."""
     path = folder / _shard_key(examples, options)
-    if path.exists():
-        for example, image in zip(examples, pickle.loads(zlib.decompress(path.read_bytes())), strict=True):
+    saved: list[ProcessedImage | str] = []
+    with contextlib.suppress(FileNotFoundError, zlib.error):  # missing, or damaged by a power loss
+        saved = pickle.loads(zlib.decompress(path.read_bytes()))
+    if saved:
+        for example, image in zip(examples, saved, strict=True):
             if isinstance(image, str):
                 image = process_image(example, options)
             elif image.original:
                 image = replace(image, data=Path(str(example.image)).read_bytes())
             yield example, image
         return
-    saved = []
     for example, result in process_images(examples, options):
         saved.append(replace(result, data=b"") if isinstance(result, ProcessedImage) and result.original else result)
         yield example, result
