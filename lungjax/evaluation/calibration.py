@@ -69,7 +69,7 @@ def bins(predictions: Predictions) -> list[dict[str, Any]]:
 
 
 def summary(test: Predictions, temperature: float | None) -> dict[str, Any]:
-    """Returns `calibration` of the report for calibrated predictions with logits; `report.write` lists the keys.
+    """Returns `calibration` of the report for calibrated predictions with logits; README.md lists the keys.
 
     `temperature` is that of `test`, None if the folds have their own. Raises ValueError for invalid probabilities.
     """

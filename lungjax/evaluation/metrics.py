@@ -56,7 +56,7 @@ class Addends(NamedTuple):
 def summarize(predictions: Predictions) -> Level:
     """Returns all metrics of the N examples, JSON-ready: one "level" of the report. N may be 0.
 
-    `lungjax.report.write` lists the keys. Rates are 0..1, or None if undefined. Raises ValueError, naming the examples,
+    README.md lists the keys. Rates are 0..1, or None if undefined. Raises ValueError, naming the examples,
     if probabilities are NaN, outside 0..1 or don't sum to 1.
     """
     p = predictions

@@ -1,16 +1,4 @@
-"""Records of predictions, ready for JSON and the same in every command and the service.
-
-    file            name of the image
-    predicted       class with the highest probability
-    probabilities   {class: p}, calibrated; they sum to 1
-    decisions       {class: {called, rule, level, threshold, sensitivity, specificity}}: whether p reaches the
-                    threshold that `rule` chose on the validation split for slices or patients (`level`), and the rates
-                    on the test split; only for classes with such an operating point
-    novelty         out-of-distribution score; above 1 for about 1 % of the validation images; None without a score
-    warnings        [sentences]
-
-The record of a series (or patient) has `series` and `files` (the number of slices) instead of `file` and `novelty`.
-"""
+"""Records of predictions, ready for JSON and the same in every command and the service; README.md has the keys."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,55 +1,7 @@
 """Writes the report of a run: report.json for programs, report.html and report.md for people, predictions and figures.
 
-`report.json`, version 1. Adding a key does not change the version; removing a key or changing its meaning does.
-
-    version             1
-    name                of the experiment
-    classes             [names] in label order, as in rows and columns of every `confusion`
-    unit                name of an example: "slice" for CT slices, else "image"
-    best                step of the tested weights, monitor (the validation metric that chose it, unless
-                        train.keep is "last"), score (before calibration, as in metrics.jsonl; None if not logged)
-    warnings            [sentences], caveats about the numbers
-    facts               data, network, machine and time: dataset, fingerprint, counts, parameters, steps, best_step,
-                        seconds, compute_type, devices, device_kind, hosts, python, versions, commit (of git, "" if
-                        unknown), code (digest of lungjax's files); novelty, the rates of false alarms and
-                        detections (`lungjax.evaluation.novelty.fit`); heat_maps, method and feature map of
-                        mistakes.png; notes, which come first in `warnings`; folds
-                        (`lungjax.training.cross_validation`); external (`lungjax.training.external_test`)
-    test, val           the splits, each:
-      .slice            level over all examples
-      .patient          level over patients (mean probability over a patient's slices), and
-        .mixed_groups   patients excluded because their slices have different labels
-      .by_source.NAME   level over the examples from a source; {} if the sources are unknown
-    controls            shortcut baselines (`lungjax.evaluation.baselines`), each a level over test slices: no_lungs,
-                        the network with the lungs blacked out, if prepared; source_only, the source of an image alone,
-                        if train has several sources, with gain: difference, low and high of the network's auc_macro
-                        minus this one (`bootstrap.paired_difference`)
-    calibration         with a val split: temperature (null for folds, which have their own), fitted_on ("val");
-                        uncalibrated and calibrated scores of the test split, each with ece, brier, loss, and bins of
-                        the reliability diagram: low, high, n, confidence, accuracy (`lungjax.evaluation.calibration`)
-    operating_points    with a val split: LEVEL.CLASS.RULE with LEVEL slice or, if patients have several slices,
-                        patient, and RULE youden or sensitivity_X: the threshold chosen on val, as in model.json; of
-                        the test split sensitivity, specificity, ppv, npv, tp, fp, fn, tn, intervals, and ppv_at and
-                        npv_at at the prevalence at_prevalence, null for a class without one
-                        (`lungjax.evaluation.operating_points`); {} for a class that val lacks
-    mistakes            the worst of the test split: id, true and predicted class, probability of the latter
-
-All probabilities, thresholds and metrics are those of calibrated probabilities, as in predictions_SPLIT.csv and in
-prediction, except `study` and `calibration.uncalibrated`. The studies do not calibrate, so `study` uses the logits, and
-`lungjax.tables` compares published numbers with metrics of uncalibrated probabilities, also of loss and AUC.
-
-A level; `lungjax.evaluation.metrics` defines the metrics, and when they are None:
-
-    n, loss, ece, brier, accuracy, balanced_accuracy, auc_micro, average_precision_micro, precision_macro, recall_macro,
-    specificity_macro, npv_macro, f1_macro, auc_macro, average_precision_macro, precision_weighted, recall_weighted,
-    f1_weighted, auc_weighted, average_precision_weighted
-    confusion           C lists of C counts, one row per true class
-    per_class.CLASS     n, precision, recall, specificity, npv, f1, auc, average_precision
-    study               f1_weighted, auc_micro_logits, f1_macro_harmonic, accuracy_rounded: as the studies define them
-    intervals           NAME: [low, high], such as per_class.CLASS.recall: 95 % by bootstrap over patients
-                        (`lungjax.evaluation.bootstrap`), if defined; levels by source have none if there are over 30
-
-Validation rows of metrics.jsonl have the same names under "val.slice." and "val.patient.", before calibration.
+evaluation/README.md describes the keys of report.json, version 1. Adding a key does not change the version; removing a
+key or changing its meaning does.
 """
 
 import json

@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 
 def facts() -> dict[str, Any]:
-    """Returns facts about code and machine for a report; `lungjax/report/write.py` describes the keys."""
+    """Returns facts about code and machine for a report; `lungjax/evaluation/README.md` describes the keys."""
     return {
         "commit": commit(),
         "code": code(),

@@ -1,21 +1,4 @@
-"""The results tables of the studies: each cell has a published number, an experiment and a metric. Imports no jax.
-
-    Cell("Simple", "original-baseline", "ct_cov19:model=simple,images=original,protocol=study",
-         "val.slice.study.f1_weighted", 0.778)
-
-`published` is a rate in 0..1 or a loss, compared at the precision of its `decimals` printed digits. Cells with the same
-experiment share its runs.
-
-**Metrics** are SPLIT.UNIT.NAME with SPLIT "val" or "test", UNIT "slice" or "patient", and NAME a dotted name of a level
-in report.json: "test.slice.accuracy", "test.slice.per_class.COV.recall", "test.patient.auc_macro". Ours are computed
-from uncalibrated probabilities, softmax(logits), as those of the studies.
-"val.slice.accuracy@3" is the accuracy in the third validation of metrics.jsonl, which has no per-class metrics.
-
-**Model selection.** With `chosen_from="ct_cov19_val"`, a cell does not score its own `experiment`, the study's choice,
-but the best one in our runs. Candidates are the cells of that table whose row or column is the row of this cell; the
-highest mean of the candidate's metric wins. Thus `ct_cov19_test` has the val and test scores of each network's best
-configuration on val. `correlate` lists pairs of columns whose Spearman correlation is reported.
-"""
+"""The results tables of the studies, as described in published/tables.toml: cells of published numbers. Imports no jax."""
 
 import re
 from collections import Counter
