@@ -17,9 +17,7 @@ from lungjax.runtime import signals
 from lungjax.runtime.advice import in_user_form
 from lungjax.runtime.files import DISK_FULL
 
-USER_ERRORS = (
-    *DISK_FULL, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR,
-)  # fmt: skip
+USER_ERRORS = (*DISK_FULL, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR)
 
 
 def run(

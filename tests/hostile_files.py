@@ -83,10 +83,10 @@ def volume(shape, kind=nibabel.Nifti1Image):
     return header.binaryblock + bytes(header.single_vox_offset - len(header.binaryblock))
 
 
-def dicom_meta(syntax):
-    """Returns the start of a DICOM file, up to the end of its file meta information."""
-    data = scans.file_bytes(scans.scan(syntax=syntax))
-    return data[: 144 + int.from_bytes(data[140:144], "little")]
+def split_dicom(data):
+    """Returns the file meta information and the data set of a DICOM file."""
+    end = 144 + int.from_bytes(data[140:144], "little")
+    return data[:end], data[end:]
 
 
 def bombs():
@@ -111,7 +111,8 @@ def bombs():
     at = jpeg.index(b"\xff\xda")
     yield "scans.jpg", jpeg[:at] + jpeg[at:-2] * 21 + jpeg[-2:], "scans"
     yield "segments.jpg", jpeg[:2] + b"\xff\xe5\x00\x02" * 5000 + jpeg[2:], "segments"
-    yield "deflated.dcm", dicom_meta(DeflatedExplicitVRLittleEndian) + deflated(b"", 3300), "inflates"
+    meta, _ = split_dicom(scans.file_bytes(scans.scan(syntax=DeflatedExplicitVRLittleEndian)))
+    yield "deflated.dcm", meta + deflated(b"", 3300), "inflates"
     rle = struct.pack("<16I", 2, 64, 64 + 400_000, *[0] * 13) + b"\x81\0" * 400_000  # 51 MB
     yield "rle.dcm", scans.file_bytes(scans.scan(syntax=RLELossless, PixelData=encapsulate([rle]))), "exceed"
     large = encapsulate([encoded(np.zeros((3000, 3000), np.uint8), "JPEG")])

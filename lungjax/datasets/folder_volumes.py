@@ -1,7 +1,7 @@
 """DICOM files and NIfTI volumes in a folder, expanded to one example per image."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -62,11 +62,9 @@ def unread_notes(paths: Sequence[str]) -> tuple[list[str], list[str]]:
             others.setdefault(os.path.splitext(path)[1].lower() or "no suffix", []).append(path)
     documents = len(paths) - sum(map(len, others.values()))
     names = "; ".join(f"{len(p):,} with {suffix}, such as {os.path.basename(p[0])}" for suffix, p in others.items())
-    names = printable(names)
-    return (
-        [f"{documents:,} files that are not images were skipped"] if documents else [],
-        [f"files of other formats were skipped (convert images to PNG): {names}"] if names else [],
-    )
+    warning = f"files of other formats were skipped (convert images to PNG): {printable(names)}"
+    notes = [f"{documents:,} files that are not images were skipped"] if documents else []
+    return notes, [warning] if names else []
 
 
 def sources(image: Any) -> tuple[Any, ...]:
@@ -182,9 +180,8 @@ def _from_series(
         notes.setdefault(f"CT series {note}", []).append(name)
     if options.plane == series.plane:  # each slice may have its own label
         alone = f"image-{volumes.pseudonym(series.headers[0].image, options.salt)}" if len(rows) == 1 else ""
-        places = [len(rows) // 2] if options.position == "mid" else range(len(rows))
         result = []
-        for i in places:
+        for i in volumes.indices(len(rows), options.position):
             image = partial(dicom.picture, headers[i], options.hu_windows, options.limits)
             result.append(replace(rows[i], file=alone or _name(name, options.plane, i), image=image))
         return result
@@ -194,8 +191,7 @@ def _from_series(
         if len(values) > 1:
             what = f"slices with several {key}s ({', '.join(values)})"
             raise ValueError(f"{rows[0].file}: {what}; a {options.plane} plane needs one {key} per series")
-    cut = partial(dicom.cut, headers, series.step, options.plane)
-    return _planes(rows[0], name, series.shape, options, lambda i: partial(cut, i, options.hu_windows, options.limits))
+    return _planes(rows[0], name, series.shape, options, partial(dicom.cut, headers, series.step, options.plane))
 
 
 def _from_nifti(row: Row, options: PrepareOptions, notes: Notes) -> list[Row]:
@@ -209,17 +205,16 @@ def _from_nifti(row: Row, options: PrepareOptions, notes: Notes) -> list[Row]:
     for note in (*header.notes, *([] if row.group else ["without a patient: each counts as one"])):
         notes.setdefault(f"NIfTI volumes {note}", []).append(row.file)
     row = replace(row, group=row.group or row.file)
-    cut = partial(nifti.picture, row.image, options.plane)
-    return _planes(row, row.file, header.shape, options, lambda i: partial(cut, i, options.hu_windows, options.limits))
+    return _planes(row, row.file, header.shape, options, partial(nifti.picture, row.image, options.plane))
 
 
-def _planes(
-    row: Row, name: str, shape: Sequence[int], options: PrepareOptions, image: Callable[[int], Any]
-) -> list[Row]:
-    """Returns one row per plane of a volume, or the row of the middle plane."""
-    count = shape[volumes.PLANES[options.plane]]
-    places = [count // 2] if options.position == "mid" else range(count)
-    return [replace(row, file=_name(name, options.plane, i), image=image(i)) for i in places]
+def _planes(row: Row, name: str, shape: Sequence[int], options: PrepareOptions, cut: Any) -> list[Row]:
+    """Returns one row per plane of a volume, or the row of the middle plane; `cut` takes number, windows and limits."""
+    rows = []
+    for i in volumes.indices(shape[volumes.PLANES[options.plane]], options.position):
+        image = partial(cut, i, options.hu_windows, options.limits)
+        rows.append(replace(row, file=_name(name, options.plane, i), image=image))
+    return rows
 
 
 def _name(volume: str, plane: str, index: int) -> str:

@@ -88,10 +88,8 @@ def draw_images(
 ) -> int:
     """Writes NAME_METHOD.png for each image and method into the folder `out`; returns the number of images.
 
-    Adds the errors of figures that can't be written to `bad`.
-
-    `pictures` yields the name and the network input, uint8 [H, W, C], of each image. `target` is the class to explain,
-    or None for the predicted one.
+    `pictures` yields the name and the network input, uint8 [H, W, C], of each image; `target` is the class to explain,
+    or None for the predicted one. Adds the errors of figures that can't be written to `bad`.
     """
     used: set[str] = set()
     count, remaining = 0, iter(pictures)

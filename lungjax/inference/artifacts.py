@@ -112,8 +112,7 @@ class Program:
 
     def outputs(self, pixels: np.ndarray) -> dict[str, Any]:
         """Returns `probabilities`, `logits` [B, classes] and `features` [B, F] of uint8 [B, H, W, C], B above zero."""
-        outputs: dict[str, Any] = self._compiled["predict"](self._device_weights, pixels)
-        return outputs
+        return dict(self._compiled["predict"](self._device_weights, pixels))
 
     def gradcam(self, pixels: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """Returns Grad-CAM maps float32 [B, H, W] in 0..1 of the classes `targets` int [B]; -1 is the predicted one."""
@@ -173,16 +172,15 @@ def _members(path: Path, names: Iterable[str]) -> dict[str, bytes]:
     with archive:
         if ABOUT not in archive.namelist():
             raise ValueError(f"{path}: a zip, but not from lungjax.export (no {ABOUT})")
-        return {name: _member(archive, name, path) for name in names}
-
-
-def _member(archive: zipfile.ZipFile, name: str, path: Path) -> bytes:
-    if name in archive.namelist() and archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"{path}: {name} is compressed, so the file is not from lungjax.export")
-    try:
-        return archive.read(name)  # verifies its checksum
-    except Exception as error:  # as above
-        raise ValueError(f"{path}: {name} is missing or damaged ({error}); copy or export it again") from None
+        contents = {}
+        for name in names:
+            if name in archive.namelist() and archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{path}: {name} is compressed, so the file is not from lungjax.export")
+            try:
+                contents[name] = archive.read(name)  # verifies its checksum
+            except Exception as error:  # as above
+                raise ValueError(f"{path}: {name} is missing or damaged ({error}); copy or export it again") from None
+        return contents
 
 
 def _weights(data: bytes, where: str) -> dict[str, np.ndarray]:

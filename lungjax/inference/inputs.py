@@ -80,7 +80,7 @@ class Inputs:
 
     def add_slices(self, name: str, short: str, series: str, cut: Cut, shape: Sequence[int], data: Metadata) -> None:
         """Adds the slices of a volume of `shape`, in the plane and windows of the metadata."""
-        for i in _numbers(shape[volumes.PLANES[data.plane]], data):
+        for i in volumes.indices(shape[volumes.PLANES[data.plane]], data.position):
             suffix = f"#{data.plane}-{i:04d}"
             slice_data = partial(cut, data.plane, i, data.hu_windows)
             self.items.append(Item(name + suffix, slice_data, series, short + suffix, "CT", self.limits))
@@ -107,18 +107,14 @@ def gather(paths: Sequence[str], metadata: Metadata, group_pattern: str = "", li
         match = pattern.search(text) if pattern and not group else None
         series = group or (match.group(1) or "" if match else "")
         try:
-            place = os.path.realpath(path)
-        except ValueError as error:  # a null byte in a list
-            inputs.failures.append((str(path), reason(error, str(path))))
-            continue
-        if place in series_by_path:
-            before = series_by_path[place]
-            if before != series:
-                patient = f"with the patient {before!r}" if before else "without a patient"
-                inputs.failures.append((str(path), f"duplicate, predicted only once, {patient}"))
-            continue
-        series_by_path[place] = series
-        try:
+            place = os.path.realpath(path)  # raises ValueError for a null byte in a list
+            if place in series_by_path:
+                before = series_by_path[place]
+                if before != series:
+                    patient = f"with the patient {before!r}" if before else "without a patient"
+                    inputs.failures.append((str(path), f"duplicate, predicted only once, {patient}"))
+                continue
+            series_by_path[place] = series
             stat = check_regular(path)
             inputs.stamps.append((place, stat.st_size, stat.st_mtime_ns))
             slices = _add_file(inputs, str(path), series, short, metadata)
@@ -177,10 +173,7 @@ def _folder(folder: Path, text: str, inputs: Inputs) -> list[str]:
 
 
 def _rows(path: Path) -> Iterator[tuple[Path, str, str]]:
-    columns, rows = read_table(path)
-    if "path" not in columns:
-        raise ValueError(f"no column path; the columns are {', '.join(columns)[:200] or 'missing'}")
-    for _, row in rows:
+    for _, row in read_table(path, ("path",)).rows:
         if row["path"]:
             yield path.parent / Path(row["path"]).expanduser(), row.get("group", ""), row["path"]
 
@@ -231,11 +224,7 @@ def _add_dicom(
     folder = first if len(files) == 1 else os.path.dirname(first) or first
     name = inputs.add_volume(folder, group, series.notes, cut, series.shape)
     if plane == series.plane:  # slice by slice, so the volume need not fit into memory
-        inputs.items += [item(series.headers[i], name) for i in _numbers(len(headers), metadata)]
+        inputs.items += [item(series.headers[i], name) for i in volumes.indices(len(headers), metadata.position)]
         return
     short = short if len(files) == 1 else os.path.dirname(short) or os.path.basename(folder)
     inputs.add_slices(folder, short, name, cut, series.shape, metadata)
-
-
-def _numbers(count: int, metadata: Metadata) -> Sequence[int]:
-    return [count // 2] if metadata.position == "mid" else range(count)

@@ -188,13 +188,12 @@ def load_finished(workdir: Path) -> tuple[Network, Metadata]:
         raise ValueError(f"{workdir}: no {metadata.FILE}, so the run is not finished; complete it with `{command}`")
     description, data = metadata.read(file), metadata.read_data(workdir)
     config = overrides.read(workdir / "config.json")
-    classes, about = tuple(data["classes"]), description.about
+    about = description.about
+    described = (description.classes, description.input, about.get("fingerprint"))
     mismatch = f"{file} does not match the weights in checkpoints/best; rewrite it with `{command}`"
-    if (classes, config.input, data["fingerprint"]) != (
-        description.classes, description.input, about.get("fingerprint")
-    ):  # fmt: skip
+    if described != (tuple(data["classes"]), config.input, data["fingerprint"]):
         raise ValueError(mismatch)
-    module = models.build(config.model, len(classes))
+    module = models.build(config.model, len(description.classes))
     image_shape = (*config.input.size, config.input.network_channels)
     variables, step = checkpoint.restore_best(workdir, models.abstract_variables(module, image_shape))
     if step != about.get("best_step"):

@@ -208,6 +208,7 @@ def _inspect(folder: Path) -> tuple[int | None, list[Path]]:
 
 def _corruption(path: Path) -> str | None:
     """Returns how a checkpoint is damaged, or None if it is intact."""
+    name = CHECKSUMS
     try:
         checksums = parse_json((path / CHECKSUMS).read_bytes(), CHECKSUMS)
         files = [(name, int(size), int(checksum)) for name, (size, checksum) in checksums.items()]
@@ -216,19 +217,18 @@ def _corruption(path: Path) -> str | None:
             return f"{unlisted[0]} is not in {CHECKSUMS}"
         if not files or any(Path(name).is_absolute() or ".." in Path(name).parts for name in checksums):
             return f"{CHECKSUMS} is empty or names files outside of the checkpoint"
-    except FileNotFoundError:
-        return f"{CHECKSUMS} is missing"
-    except (OSError, ValueError, TypeError):  # the last two come from unexpected content
-        return f"{CHECKSUMS} can't be read"
-    for name, size, checksum in files:
-        try:
+        for name, size, checksum in files:
             length = (path / name).stat().st_size
             if length != size:
                 return f"{name} has {length} bytes instead of {size}"
             if _checksum(path / name) != checksum:
                 return f"the checksum of {name} is wrong"
-        except OSError as error:
-            return f"{name} is missing" if error.errno == errno.ENOENT else f"{name} can't be read: {error.strerror}"
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except OSError as error:
+        return f"{name} can't be read: {error.strerror}"
+    except (ValueError, TypeError):  # unexpected content
+        return f"{CHECKSUMS} can't be read"
     return None
 
 

@@ -26,10 +26,7 @@ class CollectiveError(ValueError):
 
 
 def start(coordinator: str | None = None, processes: int | None = None, process: int | None = None) -> None:
-    """Connects this process to the other processes of the run; call before jax initializes its devices.
-
-    The arguments are those of the flags; all are None where jax detects them. Raises ValueError for a failure.
-    """
+    """Connects this process to the others of the run, before jax initializes its devices; raises ValueError."""
     if len({x is None for x in (coordinator, processes, process)}) > 1:
         raise ValueError(
             f"--coordinator={coordinator} --processes={processes} --process={process}: give all three, or none where "

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 # From glibc's malloc.h. Its defaults return every large block to the kernel, so each training step would page-fault its
 # buffers again, which took half of a small network's step.
@@ -46,11 +47,20 @@ def exit_with_parent() -> None:
 
 def keep_freed_memory() -> bool:
     """Makes glibc keep freed memory; returns False for other C libraries. Call before jax is imported."""
-    name = ctypes.util.find_library("c")
-    mallopt = getattr(ctypes.CDLL(name), "mallopt", None) if name else None
-    if mallopt is None or not name or not name.endswith("libc.so.6"):
-        return False
-    return all(mallopt(option, value) == 1 for option, value in SETTINGS.items())
+    mallopt = _glibc("mallopt")
+    return mallopt is not None and all(mallopt(option, value) == 1 for option, value in SETTINGS.items())
+
+
+def trim_memory() -> None:
+    """Gives the system the freed memory that `keep_freed_memory` keeps."""
+    if trim := _glibc("malloc_trim"):
+        trim(0)
+
+
+def _glibc(function: str) -> Any:
+    """Returns a function of glibc; None with another C library."""
+    name = ctypes.util.find_library("c") or ""
+    return getattr(ctypes.CDLL(name), function, None) if name.endswith("libc.so.6") else None
 
 
 def prepare_jax() -> None:

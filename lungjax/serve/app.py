@@ -7,8 +7,6 @@ the network by one thread (`batching`), and freed when the response is sent.
 import asyncio
 import base64
 import contextlib
-import ctypes
-import ctypes.util
 import io
 import itertools
 from collections.abc import AsyncIterator, Callable
@@ -79,7 +77,7 @@ class Service:
         self.pool = ThreadPoolExecutor(self.decoders, "decode")
         self.budget = Budget(settings.upload_bytes)
         self.metrics.upload_bytes.set_function(lambda: self.budget.bytes)
-        self.freed = 0  # bytes since the last `trim_memory`
+        self.freed = 0  # bytes since the last `environment.trim_memory`
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
@@ -126,9 +124,7 @@ class Service:
 
     async def describe(self) -> dict[str, Any]:
         """The model, its training data and scores, and the limits of the service."""
-        return self.metadata.public() | {
-            "notice": NOTICE, "methods": list(self.model.methods), "limits": self.settings.limits()
-        }  # fmt: skip
+        return self.metadata.public() | {"methods": list(self.model.methods), "limits": self.settings.limits()}
 
     async def health(self) -> Response:
         """Returns status 200 when everything is compiled."""
@@ -183,7 +179,7 @@ class Service:
             self.freed += count + sum(file.size for file in decoded if file.size > LARGE_IMAGE)
             if self.freed >= TRIM_BYTES:
                 self.freed = 0
-                asyncio.get_running_loop().call_later(1.0, self.pool.submit, trim_memory)
+                asyncio.get_running_loop().call_later(1.0, self.pool.submit, environment.trim_memory)
 
     def _run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return asyncio.get_running_loop().run_in_executor(self.pool, function, *arguments)
@@ -193,15 +189,13 @@ class Service:
             data, file.data = file.data, b""
             upload = uploads.read(data, limits, self.metadata.hu_windows, self.metadata.plane)
             del data
-            try:
-                size = sum(image.nbytes for image in upload.images)
-                inputs = [self.model.prepare(image, modality=upload.modality) for image in upload.images]
-                pixels = sum(image.shape[0] * image.shape[1] for image in upload.images)
-                return _Decoded(file.name, inputs, upload.series, size, pixels)
-            except ValueError as error:
-                raise UploadError(422, "content", str(error)) from None
-        except UploadError as error:
-            return _Decoded(file.name, error=error)
+            size = sum(image.nbytes for image in upload.images)
+            inputs = [self.model.prepare(image, modality=upload.modality) for image in upload.images]
+            pixels = sum(image.shape[0] * image.shape[1] for image in upload.images)
+            return _Decoded(file.name, inputs, upload.series, size, pixels)
+        except ValueError as error:
+            problem = error if isinstance(error, UploadError) else UploadError(422, "content", str(error))
+            return _Decoded(file.name, error=problem)
 
     def _record(self, file: _Decoded, p: np.ndarray, rule: str) -> dict[str, Any]:
         """Returns the record of a file from the mean over its frames of the probabilities `p` [frames, classes]."""
@@ -315,11 +309,3 @@ def draw(pixels: np.ndarray, heat: np.ndarray, method: str) -> dict[str, str]:
         Image.fromarray(picture).save(buffer, "PNG", compress_level=3)
         urls[name] = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     return urls
-
-
-def trim_memory() -> None:
-    """Gives the system memory freed by large uploads, which `environment.keep_freed_memory` otherwise prevents."""
-    name = ctypes.util.find_library("c")
-    trim = getattr(ctypes.CDLL(name), "malloc_trim", None) if name else None
-    if trim is not None:
-        trim(0)

@@ -37,7 +37,6 @@ class Settings:
 
     def limits(self) -> dict[str, int | float]:
         """Returns the limits that /model reports to clients."""
-        limits: dict[str, int | float] = {"files": self.files, "request_bytes": self.request_bytes}
-        limits |= {"request_pixels": self.request_pixels, "seconds": self.seconds}
-        limits |= {name: getattr(self.file, name) for name in ("pixels", "min_side", "frames")}
-        return limits | {"file_bytes": self.file.bytes}
+        own = {name: getattr(self, name) for name in ("files", "request_bytes", "request_pixels", "seconds")}
+        of_files = {name: getattr(self.file, name) for name in ("pixels", "min_side", "frames")}
+        return own | of_files | {"file_bytes": self.file.bytes}

@@ -14,10 +14,10 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
-from lungjax.data.imaging import dicom, images, volumes
+from lungjax.data.imaging import dicom, images
 from lungjax.data.imaging import limits as file_limits
 from lungjax.data.imaging.limits import LimitError
-from lungjax.data.imaging.memory_file import MemoryFile
+from lungjax.data.imaging.memory_file import MemoryFile, MissingPackage
 from lungjax.data.imaging.volumes import Windows
 
 MIB = 2**20
@@ -98,11 +98,12 @@ def read(data: bytes, limits: Limits, hu_windows: Windows = ((-600.0, 1500.0),),
         raise
     except LimitError as error:
         raise UploadError(413, error.reason, str(error).removeprefix("file: ")) from None
-    except ValueError as error:
-        words = str(error) or "damaged"
-        raise UploadError(422, "damaged", words if len(words) < 200 else f"{words[:200]} ...") from None
-    except Exception:  # decoders raise anything
-        raise UploadError(422, "damaged", f"a damaged or truncated {kind} file") from None
+    except MissingPackage as error:
+        raise UploadError(415, "type", f"this service does not read DICOM: {error}") from None
+    except Exception as error:  # decoders raise anything; except for `Unreadable`, the message may quote a DICOM file
+        shown = isinstance(error, dicom.Unreadable if kind == "DICOM" else ValueError)
+        words = str(error).removeprefix("file: ").strip() if shown else f"a damaged or truncated {kind} file"
+        raise UploadError(422, "damaged", words if len(words) < 300 else f"{words[:300]} ...") from None
     for image in upload.images:
         height, width = image.shape[:2]
         if min(width, height) < limits.min_side:
@@ -126,32 +127,21 @@ def _jpeg(data: bytes) -> bytes:
 
 
 def _dicom(data: bytes, limits: Limits, hu_windows: Windows, plane: str) -> Upload:
-    try:
-        volumes.need("pydicom", "DICOM files")
-    except ValueError as error:
-        raise UploadError(415, "type", f"this service does not read DICOM: {error}") from None
     file = MemoryFile("file", data)
-    try:
-        frames = dicom.headers(file, limits)
-        headers = [header for header in frames if not header.aside]
-        if not headers:
-            raise UploadError(422, "aside", f"no image of the patient ({frames[0].aside})")
-        header, (height, width) = headers[0], headers[0].size
-        if len(frames) > limits.frames or len(frames) * width * height > limits.pixels:
-            allowed = f"at most {limits.frames} with {limits.pixels} pixels in total are accepted"
-            raise UploadError(413, "frames", f"{len(frames)} frames of {width} x {height} pixels; {allowed}")
-        if header.modality in dicom.XRAYS:
-            return Upload([images.decode(dicom.xray(file, limits), None, ("PNG",))], modality=header.modality)
-        own = dicom.series(headers).plane
-        if header.orientation is not None and own != plane:
-            raise UploadError(422, "plane", f"the slice is {own}, but the model is for {plane}; use lungjax.predict")
-        # Files without a series UID are single, and equal UIDs of two patients are two series.
-        series = "" if header.series == str(file) else f"{header.series} {header.patient}"
-        slices = dicom.frames(file, headers, hu_windows, limits)
-        return Upload([images.decode(data, None, ("PNG",)) for data in slices], series, header.modality)
-    except dicom.Unreadable as error:
-        raise UploadError(422, "damaged", str(error).removeprefix("file: ").strip()) from None
-    except (UploadError, LimitError):
-        raise
-    except Exception:  # the message may quote the file
-        raise UploadError(422, "damaged", "a damaged DICOM file") from None
+    frames = dicom.headers(file, limits)
+    headers = [header for header in frames if not header.aside]
+    if not headers:
+        raise UploadError(422, "aside", f"no image of the patient ({frames[0].aside})")
+    header, (height, width) = headers[0], headers[0].size
+    if len(frames) > limits.frames or len(frames) * width * height > limits.pixels:
+        allowed = f"at most {limits.frames} with {limits.pixels} pixels in total are accepted"
+        raise UploadError(413, "frames", f"{len(frames)} frames of {width} x {height} pixels; {allowed}")
+    if header.modality in dicom.XRAYS:
+        return Upload([images.decode(dicom.xray(file, limits), None, ("PNG",))], modality=header.modality)
+    own = dicom.series(headers).plane
+    if header.orientation is not None and own != plane:
+        raise UploadError(422, "plane", f"the slice is {own}, but the model is for {plane}; use lungjax.predict")
+    # Files without a series UID are single, and equal UIDs of two patients are two series.
+    series = "" if header.series == str(file) else f"{header.series} {header.patient}"
+    slices = dicom.frames(file, headers, hu_windows, limits)
+    return Upload([images.decode(data, None, ("PNG",)) for data in slices], series, header.modality)

@@ -71,7 +71,7 @@ def open_tensors(path: str | Path) -> Tensors:
         read = _h5
     elif start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
         read = _zip
-    elif torch_pickle.is_stream(start):
+    elif start[:1] == b"\x80" and start[2:14] == torch_pickle.LONG:  # after the protocol, which varies
         read = torch_pickle.read_stream
     elif start[8:9] == b"{":
         read = _safetensors

@@ -84,13 +84,10 @@ def _show(value: Any) -> str:
     return repr(value)[:80] if type(value) in (int, str) else f"a {type(value).__name__.strip('_')}"
 
 
-def _not_a_size(value: Any) -> bool:
-    return type(value) is not int or not 0 <= value < 2**63
-
-
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *ignored: Any) -> _Tensor:
     numbers = isinstance(shape, tuple) and isinstance(strides, tuple) and (offset, *shape, *strides)
-    if not numbers or not len(shape) == len(strides) <= MAX_ITEMS or any(_not_a_size(n) for n in numbers):
+    valid = numbers and all(type(n) is int and 0 <= n < 2**63 for n in numbers)
+    if not valid or not len(shape) == len(strides) <= MAX_ITEMS:
         raise UnsafePickleError("a tensor with an invalid shape, offset or strides")
     if not isinstance(storage, _Storage) or not storage.key:
         raise UnsafePickleError("a tensor without a storage")
@@ -118,16 +115,11 @@ class _Unpickler(_PythonUnpickler):
     """Resolves only the names in GLOBALS, and collects the storages."""
 
     dispatch: ClassVar = dict(_PythonUnpickler.dispatch)
+    dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Dict())
 
     def __init__(self, file: IO[bytes]):
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
-
-    def load_empty_dict(self) -> None:
-        """Pushes an empty dict."""
-        self.append(_Dict())
-
-    dispatch[pickle.EMPTY_DICT[0]] = load_empty_dict
 
     def load_reduce(self) -> None:
         """Calls a function with few arguments, since a file could repeat a call with a long list of them."""
@@ -171,11 +163,6 @@ def _unpickle(file: IO[bytes]) -> tuple[Any, dict[str, _Storage]]:
         raise
     except Exception as error:  # damaged pickles raise many types
         raise UnsafePickleError(f"truncated or damaged pickle: {type(error).__name__}: {error}") from None
-
-
-def is_stream(start: bytes) -> bool:
-    """Returns whether a file that begins with `start` has the older stream format."""
-    return start[:1] == b"\x80" and start[2:14] == LONG
 
 
 def read_stream(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], IO[bytes]]:

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import scans
 from folders import encoded
-from hostile_files import EIGHT_BITS, GRAY, IMAGES, bombs, damage, dicom_meta
+from hostile_files import EIGHT_BITS, GRAY, IMAGES, bombs, damage, split_dicom
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEGBaseline8Bit, RLELossless
 
@@ -109,7 +109,7 @@ def originals(folder):
     """Returns (suffix, content, function that compresses the content) of intact files of every format."""
     jpeg, hu, plain = encapsulate([encoded(GRAY, "JPEG")]), scans.body(), bytes
     nifti_file = Path(scans.nifti(folder / "a.nii", hu)).read_bytes()
-    rle, deflated_meta = scans.scan(), dicom_meta(DeflatedExplicitVRLittleEndian)
+    rle, meta = scans.scan(), split_dicom(scans.file_bytes(scans.scan(syntax=DeflatedExplicitVRLittleEndian)))[0]
     rle.compress(RLELossless, generate_instance_uid=False)
     baseline = scans.scan("DX", GRAY.shape, JPEGBaseline8Bit, PixelData=jpeg, **EIGHT_BITS)
     scan, suffixes = scans.file_bytes(scans.scan()), {form: suffix[1:] for suffix, form in images.FORMATS.items()}
@@ -117,7 +117,7 @@ def originals(folder):
         *((suffixes[form], encoded(array, form, **options), plain) for array, form, options in IMAGES),
         *(("dcm", scans.file_bytes(data), plain) for data in (scans.scan(), scans.scan("DX"), rle, baseline)),
         ("dcm", Path(scans.enhanced(folder / "e.dcm", hu)).read_bytes(), plain),
-        ("dcm", scan[len(dicom_meta(None)) :], lambda data: deflated_meta + zlib.compress(data)[2:-4]),
+        ("dcm", split_dicom(scan)[1], lambda data: meta + zlib.compress(data)[2:-4]),
         ("nii", nifti_file, plain), ("nii.gz", nifti_file, lambda data: gzip.compress(data, 1)),
         ("csv", b"path,group\nfile.png,p1\nscan.dcm,p2\n", plain),
     ]  # fmt: skip

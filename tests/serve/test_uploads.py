@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 import time
+import zlib
 from unittest import mock
 
 import numpy as np
@@ -13,7 +14,7 @@ import pydicom
 import pytest
 import scans
 from folders import encoded
-from hostile_files import EIGHT_BITS, GRAY, IMAGES, damage
+from hostile_files import EIGHT_BITS, GRAY, IMAGES, damage, split_dicom
 from PIL import Image, ImageFile
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian as DEFLATED
@@ -176,7 +177,9 @@ def test_million_frames_or_elements():
     at = file.index(b"\xe0\x7f\x10\x00OW")
     groups = b"\x00\x52\x30\x92SQ\0\0" + len(items).to_bytes(4, "little") + items
     elements = written(scan()) + b"\xf1\x7f\x10\x00SQ\0\0\xff\xff\xff\xff" + items
-    for data, seconds in ((file[:at] + groups + file[at:], 2), (elements, 5)):
+    meta, _ = split_dicom(written(scan(syntax=DEFLATED)))
+    packed = meta + zlib.compress(split_dicom(elements)[1])[2:-4]
+    for data, seconds in ((file[:at] + groups + file[at:], 2), (elements, 5), (packed, 5)):
         started = time.process_time()
         assert refused(data, bytes=2**24)[:2] == (422, "damaged")
         assert time.process_time() - started < seconds

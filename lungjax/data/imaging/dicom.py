@@ -4,10 +4,8 @@ A file is a path or a `MemoryFile`. A CT file has one slice, or several frames w
 DICOM PS3.3 A.38), which become slices of one series.
 """
 
-import contextlib
-import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,13 +211,7 @@ def cut(
     headers: tuple[Header, ...], step: float, plane: str, index: int, windows: Windows, limits: Limits = DEFAULT
 ) -> bytes:
     """Returns a slice of a sorted series in `plane` as a PNG file; caches the volume. Same errors as `picture`."""
-    return volumes.picture(volume(headers, step, limits), plane, index, windows, limits)
-
-
-@volumes.cache_latest
-def volume(headers: tuple[Header, ...], step: float, limits: Limits = DEFAULT) -> Volume:
-    """Reads a sorted series with slices `step` mm apart. Raises the same errors as `picture`."""
-    return _volume(headers, step, limits)
+    return volumes.picture(_cached_volume(headers, step, limits), plane, index, windows, limits)
 
 
 @named_errors
@@ -244,21 +236,15 @@ def xray(path: File, limits: Limits = DEFAULT) -> bytes:
     return images.encode(np.rint(np.clip(windowed, 0, 1) * 255).astype(np.uint8))
 
 
-@contextlib.contextmanager
-def _open(path: File, limits: Limits) -> Iterator[Any]:
-    """Yields a file object for pydicom, of the inflated content if the file is deflated."""
-    with open_limited(path, limits.bytes) as file:
-        content = dicom_frames.inflated(file, limits)
-        yield file if content is None else io.BytesIO(content)
-
-
 def _read(path: File, limits: Limits, header_only: bool = False) -> Any:
     pydicom = volumes.need("pydicom", "DICOM files")
     try:
         if not header_only and not isinstance(path, MemoryFile):
             limits.check_bytes(os.stat(path).st_size)
-        with _open(path, limits) as file:
-            return pydicom.dcmread(file, stop_before_pixels=header_only, specific_tags=TAGS if header_only else None)
+        tags = TAGS if header_only else None
+        with open_limited(path, limits.bytes) as opened:
+            file = dicom_frames.inflated(opened, limits)
+            return pydicom.dcmread(file, stop_before_pixels=header_only, specific_tags=tags)
     except OSError as error:
         raise Unreadable(f"{path}: {(error.strerror or str(error)).lower()}") from None
     except pydicom.errors.InvalidDicomError:
@@ -316,7 +302,8 @@ def _pixels(path: File, limits: Limits, frame: int | None = None, data: Any = No
             dicom_frames.check(data, frame or 0)
             pixels = pydicom.pixels.pixel_array(data, index=frame)
         else:
-            with _open(path, limits) as file:
+            with open_limited(path, limits.bytes) as opened:
+                file = dicom_frames.inflated(opened, limits)
                 header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=dicom_frames.TAGS)
                 limits.check_image(int(header.Columns), int(header.Rows))
                 dicom_frames.check(header, frame or 0, file)
@@ -353,6 +340,7 @@ def _hu(path: File, header: Header, limits: Limits, data: Any) -> np.ndarray:
 
 
 def _volume(headers: Sequence[Header], step: float, limits: Limits, data: Any = None) -> Volume:
+    """Reads a sorted series with slices `step` mm apart. Raises the same errors as `picture`."""
     first = headers[0]
     stack = np.empty((len(headers), *first.size), np.int16)
     for i, one in enumerate(headers):
@@ -362,6 +350,9 @@ def _volume(headers: Sequence[Header], step: float, limits: Limits, data: Any = 
         ends = np.asarray(headers[-1].position) - np.asarray(first.position)
         directions[0] *= 1.0 if ends @ directions[0] > 0 else -1.0
     return volumes.canonical(stack, directions, (step, *(first.spacing or (1.0, 1.0))))
+
+
+_cached_volume = volumes.cache_latest(_volume)
 
 
 def _directions(orientation: Sequence[float]) -> np.ndarray:

@@ -3,11 +3,13 @@
 Decoders take the size from the stream, not from Rows and Columns, so a small file could make them allocate gigabytes.
 """
 
+import io
 import struct
 import zlib
 from typing import Any
 
 from lungjax.data.imaging.limits import CODESTREAM, Limits, jpeg_segments
+from lungjax.data.imaging.memory_file import LimitedReader
 
 # Start-of-frame markers of JPEG (ITU T.81, table B.1) and, last, of JPEG-LS.
 FRAMES = (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF, 0xF7)
@@ -18,23 +20,24 @@ EXPLICIT_LITTLE_ENDIAN = b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\x00"  #
 MAX_META_BYTES = 2**16
 
 
-def inflated(file: Any, limits: Limits) -> bytes | None:
-    """Returns a deflated DICOM file uncompressed, so that no parser inflates it without a limit; None for other files.
+def inflated(file: LimitedReader, limits: Limits) -> LimitedReader:
+    """Returns a deflated DICOM file uncompressed, so that no parser inflates it without a limit; other files unchanged.
 
-    `file` is a seekable file object. Raises LimitError, or ValueError for a damaged file.
+    Raises LimitError, or ValueError for a damaged file.
     """
     # The file meta information, with the transfer syntax, starts with its length in an element of 12 bytes.
     head = file.read(144)
     meta = file.read(min(int.from_bytes(head[140:144], "little"), MAX_META_BYTES))
     if not head.startswith(META_LENGTH, 132) or DEFLATED not in meta:
         file.seek(0)
-        return None
+        return file
     unpacker = zlib.decompressobj(-zlib.MAX_WBITS)
     content = unpacker.decompress(file.read(limits.bytes), limits.bytes + 1)
     limits.check_bytes(len(content), "a deflated DICOM file that inflates to at least")
     if not unpacker.eof:
         raise ValueError("a truncated deflated DICOM file")
-    return b"\0" * 128 + b"DICM" + EXPLICIT_LITTLE_ENDIAN + content
+    raw = io.BytesIO(b"\0" * 128 + b"DICM" + EXPLICIT_LITTLE_ENDIAN + content)
+    return LimitedReader(raw, file.max_bytes, file.max_reads)
 
 
 def check(data: Any, number: int = 0, file: Any = None) -> None:

@@ -277,11 +277,10 @@ def read(
 ) -> tuple[np.ndarray, str]:
     """Returns a decoded image file, uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
 
-    Images are turned upright according to their EXIF orientation. The format of a turned image is "" (except for TIFF),
-    since the file has other pixels. The top of this module describes the conversion of modes; `formats` is as in
-    `decode`. Raises ValueError if the file is unreadable, truncated, or multi-page (of FIRST_FRAME, the first frame is
-    read), if its mode is not in MODES, or if pixels of INTEGERS are not integers from 0 to 65535; and LimitError if it
-    exceeds `limits`.
+    `formats` is as in `decode`. The format of an image that was turned upright is "" (except for TIFF), since the file
+    has other pixels. Raises ValueError if the file is unreadable, truncated, or multi-page (of FIRST_FRAME, the first
+    frame is read), if its mode is not in MODES, or if pixels of INTEGERS are not integers from 0 to 65535; and
+    LimitError if it exceeds `limits`.
     """
     image, form = _open(data, formats, limits)
     return np.asarray(image), form
@@ -326,7 +325,11 @@ def _open(data: bytes, formats: tuple[str, ...] | None, limits: Limits | None) -
             file_limits.jpeg_segments(data)
         with Image.open(io.BytesIO(data), formats=formats or tuple(FORMATS.values())) as picture:
             if limits is not None:
-                _check_limits(picture, data, limits)
+                limits.check_image(*picture.size)
+                tags = _tiff_tags(picture)
+                limits.check_image(tags.get(322, 1), tags.get(323, 1))  # of tiles, decoded even for a small image
+                if picture.format == "JPEG2000":
+                    file_limits.check_jpeg2000(data, limits)
             problem = _unsupported(picture)
             if problem is None:
                 picture.load()
@@ -351,15 +354,6 @@ def _open(data: bytes, formats: tuple[str, ...] | None, limits: Limits | None) -
 
 def _tiff_tags(picture: Image.Image) -> Mapping[int, Any]:
     return picture.tag_v2 if picture.format == "TIFF" else {}  # type: ignore[attr-defined]
-
-
-def _check_limits(picture: Image.Image, data: bytes, limits: Limits) -> None:
-    """Raises LimitError for an image, of which only the header has been read, that is too large."""
-    limits.check_image(*picture.size)
-    tags = _tiff_tags(picture)
-    limits.check_image(tags.get(322, 1), tags.get(323, 1))  # of tiles, which are decoded even for a small image
-    if picture.format == "JPEG2000":
-        file_limits.check_jpeg2000(data, limits)
 
 
 def _unsupported(picture: Image.Image) -> str | None:

@@ -4,6 +4,7 @@ The defaults admit X-rays of 6000 x 6000 pixels and CT volumes of 512 x 512 x 15
 process below 2 GiB. Functions that read files take them as `limits`.
 """
 
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -40,29 +41,26 @@ class Limits:
 
     def check_image(self, width: int, height: int) -> None:
         """Raises LimitError for an image with too many pixels."""
-        if width * height > self.pixels:
-            allowed = f"at most {self.pixels} are accepted, which --max_megapixels raises"
-            raise LimitError(f"{width} x {height} pixels; {allowed}", "pixels")
+        _check("pixels", f"{width} x {height} pixels", width * height, self.pixels, "--max_megapixels")
 
     def check_volume(self, shape: tuple[int, ...]) -> None:
         """Raises LimitError for a volume with too many voxels in total or along one axis."""
-        voxels, sides = 1, " x ".join(map(str, shape))
-        for side in shape:
-            voxels *= side
-        if voxels > self.voxels:
-            allowed = f"at most {self.voxels} are accepted, which --max_megavoxels raises"
-            raise LimitError(f"{sides} voxels; {allowed}", "voxels")
+        volume = f"{' x '.join(map(str, shape))} voxels"
+        _check("voxels", volume, math.prod(shape), self.voxels, "--max_megavoxels")
         if max(shape) > MAX_AXIS:
-            raise LimitError(f"{sides} voxels; at most {MAX_AXIS} along an axis are accepted", "voxels")
+            raise LimitError(f"{volume}; at most {MAX_AXIS} along an axis are accepted", "voxels")
 
     def check_bytes(self, count: int, what: str = "the file has") -> None:
         """Raises LimitError for too many bytes."""
-        if count > self.bytes:
-            allowed = f"at most {self.bytes} are accepted, which {self.bytes_flag} raises"
-            raise LimitError(f"{what} {count} bytes; {allowed}", "bytes")
+        _check("bytes", f"{what} {count} bytes", count, self.bytes, self.bytes_flag)
 
 
 DEFAULT = Limits()
+
+
+def _check(reason: str, what: str, count: int, limit: int, flag: str) -> None:
+    if count > limit:
+        raise LimitError(f"{what}; at most {limit} are accepted, which {flag} raises", reason)
 
 
 def jpeg_segments(data: bytes) -> tuple[list[tuple[int, int, int]], int]:

@@ -35,7 +35,10 @@ class LimitedReader(io.BufferedReader):
     """
 
     name = ""  # for pydicom; a file in memory has none
-    max_bytes = max_reads = 0
+
+    def __init__(self, raw: Any, max_bytes: int, max_reads: int) -> None:
+        super().__init__(raw)
+        self.max_bytes, self.max_reads = max_bytes, max_reads
 
     def read(self, size: int | None = -1, /) -> bytes:
         """Returns the next `size` bytes."""
@@ -49,10 +52,9 @@ class LimitedReader(io.BufferedReader):
 
 def open_limited(file: File, max_bytes: int) -> LimitedReader:
     """Opens a file on disk or in memory."""
-    in_memory = isinstance(file, MemoryFile)
-    reader = LimitedReader(io.BytesIO(file.data) if isinstance(file, MemoryFile) else io.FileIO(file))
-    reader.max_bytes, reader.max_reads = max_bytes, MAX_READS if in_memory else MAX_DISK_READS
-    return reader
+    if isinstance(file, MemoryFile):
+        return LimitedReader(io.BytesIO(file.data), max_bytes, MAX_READS)
+    return LimitedReader(io.FileIO(file), max_bytes, MAX_DISK_READS)
 
 
 def quote(file: File, text: Any, instead: str = "") -> str:

@@ -142,9 +142,8 @@ def _raw_header(nibabel: Any, path: str) -> Any:
 
 def _check_length(path: str, raw: Any) -> None:
     """Raises Unreadable if the file is too short for its voxels, even with the best compression."""
-    size, expected = os.path.getsize(path), raw.get_data_offset()
-    voxels = math.prod(int(side) for side in raw.get_data_shape())
-    expected += voxels * raw.get_data_dtype().itemsize
+    size, voxels = os.path.getsize(path), math.prod(int(side) for side in raw.get_data_shape())
+    expected = raw.get_data_offset() + voxels * raw.get_data_dtype().itemsize
     with _open(path) as file:
         ratio = MAX_DEFLATE_RATIO if isinstance(file, gzip.GzipFile) else 1
     if size * ratio < expected:

@@ -103,6 +103,11 @@ def render(hu: np.ndarray, windows: Windows) -> np.ndarray:
     return channels[0] if len(channels) == 1 else np.stack(channels, axis=-1)
 
 
+def indices(count: int, position: str) -> Sequence[int]:
+    """Returns the numbers of the slices to use, of `count`: the middle one for position "mid", else all."""
+    return [count // 2] if position == "mid" else range(count)
+
+
 def picture(volume: Volume, plane: str, index: int, windows: Windows, limits: Limits = DEFAULT) -> bytes:
     """Returns one plane of a volume as a PNG file; see `cut` and `render`."""
     return images.encode(render(cut(volume, plane, index, limits), windows))
@@ -124,7 +129,8 @@ def cache_latest(read: Callable[..., Result]) -> Callable[..., Result]:
     @functools.wraps(read)
     def wrapper(*args: Any) -> Result:
         with lock:
-            key = (args, _version(args[0]))
+            stat = os.stat(args[0]) if isinstance(args[0], str) and os.path.exists(args[0]) else None
+            key = (args, stat and (stat.st_size, stat.st_mtime_ns))
             if key in cache:
                 cache[key] = result = cache.pop(key)
             else:
@@ -140,14 +146,6 @@ def cache_latest(read: Callable[..., Result]) -> Callable[..., Result]:
         return result
 
     return wrapper
-
-
-def _version(path: Any) -> tuple[int, int] | None:
-    """Returns size and time of change of a file; None for anything else."""
-    if isinstance(path, str) and os.path.exists(path):
-        stat = os.stat(path)
-        return stat.st_size, stat.st_mtime_ns
-    return None
 
 
 def _copy(error: ValueError) -> ValueError:

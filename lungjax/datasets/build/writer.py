@@ -54,16 +54,17 @@ class _Images:
     unstaged: list[str] = field(default_factory=list)  # files in which a stage detected no body or lung
     histogram: np.ndarray = field(default_factory=lambda: np.zeros(1 << 16, np.int64))  # of 16-bit train images
 
-    def shards(self, examples: Sequence[Example], sizes: Sequence[int]) -> tfds_builder.Shards:
+    def shards(self, sizes: Sequence[tuple[Example, int]]) -> tfds_builder.Shards:
         """Returns one generator function per shard; TFDS calls them in order, one after the other."""
-        bounds, total = [0], 0
-        for i, size in enumerate(sizes):
+        shards: list[list[Example]] = [[]]
+        total = 0
+        for example, size in sizes:
             if total and total + size > SHARD_BYTES:
-                bounds.append(i)
+                shards.append([])
                 total = 0
+            shards[-1].append(example)
             total += size
-        bounds.append(len(examples))
-        return [functools.partial(self._shard, examples[a:b]) for a, b in itertools.pairwise(bounds)]
+        return [functools.partial(self._shard, shard) for shard in shards]
 
     def _shard(self, examples: Sequence[Example]) -> Iterator[tuple[int, dict[str, Any]]]:
         with self.thumbnails.open("ab") as thumbnails:
@@ -165,18 +166,16 @@ def prepare(
             raise ValueError(f"{name} is already prepared in {final}; --overwrite replaces it")
         sizes, missing = _sizes(listing.examples, options, on_bad_image)
         # Until the data set is complete, images that differ from their files also exist in `shard_folder`.
-        twice = [n for e, n in zip(listing.examples, sizes, strict=True) if not _stored_unmodified(e, options)]
-        say(f"{len(sizes):,} images, {staging.check_disk(sum(sizes) + sum(twice), data_dir)}")
+        needed = sum(size if _stored_unmodified(example, options) else 2 * size for example, size in sizes)
+        say(f"{len(listing.examples):,} images, {staging.check_disk(needed, data_dir)}")
         shard_folder = root.with_name(f"{root.name}.shards")
         shard_folder.mkdir(exist_ok=True)
         if any(shard_folder.iterdir()):
             say("Resuming an interrupted run")
-        present = [e for e, size in zip(listing.examples, sizes, strict=True) if size]
-        with progress_bar(total=len(present), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
+        with progress_bar(total=len(sizes), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
             paths = (root / "thumbnails", shard_folder)
             images = _Images(listing, options, on_bad_image, on_no_lung, *paths, bar, missing)
-            shards = images.shards(present, [size for size in sizes if size])
-            tfds_builder.write(name, root, listing.classes, shards)
+            tfds_builder.write(name, root, listing.classes, images.shards(sizes))
         written = prepared.directory(root, name)
         say("Searching for duplicates ...")
         columns = images.columns()
@@ -189,14 +188,9 @@ def prepare(
             columns["split"], columns["label"], group, pixels, twins.pairs, listing.group_name
         )
         columns["split"] = np.asarray(clean)
-        info: dict[str, Any] = {
-            "name": name,
-            "classes": listing.classes,
-            "window": window,
-            "study": listing.study,
-            "stage": stage,
-        }
-        info |= {"size": size, "body": listing.body, "modality": listing.modality, "volumes": listing.volumes}
+        info: dict[str, Any] = {"name": name, "classes": listing.classes, "window": window, "study": listing.study}
+        info |= {"stage": stage, "size": size, "body": listing.body}
+        info |= {"modality": listing.modality, "volumes": listing.volumes}
         prepared.write_index(written, info, columns, twins.pairs)
         data = prepared.load(written, name)
         converted = Counter(image.conversion for _, image in images.stored if image.conversion)
@@ -211,8 +205,10 @@ def prepare(
     return result
 
 
-def _sizes(examples: Sequence[Example], options: ImageOptions, on_bad_image: str) -> tuple[list[int], list[str]]:
-    """Returns the approximate stored bytes of each image (0 if it is missing) and one line per missing image."""
+def _sizes(
+    examples: Sequence[Example], options: ImageOptions, on_bad_image: str
+) -> tuple[list[tuple[Example, int]], list[str]]:
+    """Returns the existing images with their approximate stored bytes, and one line per missing image."""
     sizes, missing = [], []
     height, width = options.size or (0, 0)
     for example in examples:
@@ -228,8 +224,8 @@ def _sizes(examples: Sequence[Example], options: ImageOptions, on_bad_image: str
                 if on_bad_image == "fail":
                     raise ValueError(f"{line}{SKIP}") from None
                 missing.append(line)
-                size = 0
-        sizes.append(height * width if height and size else size)
+                continue
+        sizes.append((example, height * width or size))
     return sizes, missing
 
 

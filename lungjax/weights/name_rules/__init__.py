@@ -12,5 +12,4 @@ def layouts(model: str) -> dict[str, Rules]:
     family = family_of(model)
     if importlib.util.find_spec(f"{__name__}.{family}") is None:
         return {}
-    table: dict[str, Rules] = importlib.import_module(f"{__name__}.{family}").RULES
-    return table
+    return dict(importlib.import_module(f"{__name__}.{family}").RULES)

@@ -8,9 +8,7 @@ CONVS = {"expand": "expand_conv", "depthwise": "dwconv", "project": "project_con
 NORMS = {"expand": "expand_bn", "depthwise": "bn", "project": "project_bn"}
 # Positions in the sequence of a block of torchvision; the first block has no expansion.
 FIRST = {"0.0": "dwconv", "0.1": "bn", "1": "project_conv", "2": "project_bn"}
-BLOCK = {
-    "0.0": "expand_conv", "0.1": "expand_bn", "1.0": "dwconv", "1.1": "bn", "2": "project_conv", "3": "project_bn"
-}  # fmt: skip
+BLOCK = {"0.0": "expand_conv", "0.1": "expand_bn", "1.0": "dwconv", "1.1": "bn", "2": "project_conv", "3": "project_bn"}
 KERAS = (
     ("Conv1", "stem_conv"), ("bn_Conv1", "stem_bn"), ("Conv_1", "top_conv"), ("Conv_1_bn", "top_bn"),
     ("Logits|predictions", "head/dense"),

@@ -1,13 +1,7 @@
 """MobileNetV3: files from Keras (released and new names), timm and torchvision; one table per layout and size."""
 
 from lungjax.weights.convert import Rules, numbered_blocks
-from lungjax.weights.name_rules.efficientnet import (
-    TIMM_BLOCK,
-    TIMM_FIRST,
-    TIMM_TOP,
-    TORCHVISION_FIRST,
-    TORCHVISION_LAYERS,
-)
+from lungjax.weights.name_rules import efficientnet
 from lungjax.weights.name_rules.mobilenetv2 import CONVS, NORMS
 
 KERAS_RELEASED = {"/squeeze_excite/Conv": "se/reduce", "/squeeze_excite/Conv_1": "se/expand"}
@@ -15,8 +9,8 @@ KERAS_RELEASED |= {f"/{layer}": path for layer, path in CONVS.items()}
 KERAS_RELEASED |= {f"/{layer}/BatchNorm": path for layer, path in NORMS.items()}
 KERAS_NEW = {name.replace("BatchNorm", "bn").replace("/", "_").lower(): path for name, path in KERAS_RELEASED.items()}
 # torchvision's blocks are sequences that may lack the squeeze-excitation.
-FIRST = TORCHVISION_FIRST | {"1.0": "project_conv", "1.1": "project_bn"}
-BLOCK = TORCHVISION_LAYERS | {"2.0": "project_conv", "2.1": "project_bn"}
+FIRST = efficientnet.TORCHVISION_FIRST | {"1.0": "project_conv", "1.1": "project_bn"}
+BLOCK = efficientnet.TORCHVISION_LAYERS | {"2.0": "project_conv", "2.1": "project_bn"}
 RULES: dict[str, Rules] = {}
 for _name, _repeats in {"mobilenetv3_small": (1, 2, 3, 2, 3), "mobilenetv3_large": (1, 2, 3, 4, 2, 3)}.items():
     _keras = (
@@ -28,7 +22,7 @@ for _name, _repeats in {"mobilenetv3_small": (1, 2, 3, 2, 3), "mobilenetv3_large
     _last = rf"blocks\.{len(_repeats)}\.0\."  # the last 1x1 convolution counts as a stage
     _timm = (
         (_last + "conv", "top_conv"), (_last + "bn1", "top_bn"), ("conv_head", "head/hidden1"),
-        *TIMM_TOP, TIMM_FIRST, TIMM_BLOCK,
+        *efficientnet.TIMM_TOP, efficientnet.TIMM_FIRST, efficientnet.TIMM_BLOCK,
     )  # fmt: skip
     _torchvision = (
         numbered_blocks(r"features\.(1)\.block\.", FIRST, _repeats, first=1),
