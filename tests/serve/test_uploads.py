@@ -101,10 +101,9 @@ def test_other_formats(monkeypatch):
         assert (status, reason) == (415, "type") and images.FORMAT_NAMES in message
 
 
-def test_only_the_decoder_of_the_format(monkeypatch):
-    decoder = mock.Mock(wraps=Image.open)
-    monkeypatch.setattr(Image, "open", decoder)
-    refused(encoded(picture(), "PNG")[:60] + b"\0" * 100)
+def test_only_the_decoder_of_the_format():
+    with mock.patch.object(Image, "open", wraps=Image.open) as decoder:
+        refused(encoded(picture(), "PNG")[:60] + b"\0" * 100)
     assert {call.kwargs["formats"] for call in decoder.call_args_list} == {("PNG",)}
 
 
@@ -185,12 +184,11 @@ def test_million_frames_or_elements():
         assert time.process_time() - started < seconds
 
 
-def test_frames(tmp_path, monkeypatch):
+def test_frames(tmp_path):
     path = scans.enhanced(tmp_path / "e.dcm", scans.body((5, 24, 32)))
     data = (tmp_path / "e.dcm").read_bytes()
-    dcmread = mock.Mock(wraps=pydicom.dcmread)
-    monkeypatch.setattr(pydicom, "dcmread", dcmread)
-    decoded = read(data).images
+    with mock.patch.object(pydicom, "dcmread", wraps=pydicom.dcmread) as dcmread:
+        decoded = read(data).images
     assert dcmread.call_count == 2  # the header and the pixels
     for image, header in zip(decoded, dicom.headers(path), strict=True):
         np.testing.assert_array_equal(image, scans.pixels_of(dicom.picture(header, ((-600.0, 1500.0),))))
@@ -209,8 +207,7 @@ def test_damaged_dicom_without_leaks(monkeypatch, recwarn, capfd, caplog):
     for tag in (b"\x28\x00\x53\x10DS", b"\x28\x00\x52\x10DS", b"\x08\x00\x60\x00CS", b"\x28\x00\x10\x00US"):
         at, size = complete.index(tag) + 8, complete[complete.index(tag) + 6]
         damaged.append(complete[:at] + b"Zentinel"[:size] + complete[at + min(8, size) :])
-    rng = random.Random(5)
-    damaged += [damage(complete, rng) for _ in range(250)]
+    damaged += [damage(complete, random.Random(seed)) for seed in range(250)]
     damaged += [complete[:end] for end in range(140, len(complete), 97)]
     messages = []
     for data in damaged:
