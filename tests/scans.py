@@ -67,6 +67,22 @@ def save(data, path):
     return path
 
 
+def file_bytes(data):
+    """Returns a data set as the content of a DICOM file."""
+    buffer = io.BytesIO()
+    data.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def scan(modality="CT", shape=(24, 32), syntax=None, **tags):
+    """A data set with random pixels; with `syntax`, only the name of the transfer syntax changes."""
+    pixels = np.random.default_rng(4).integers(0, 2000, shape).astype(np.uint16)
+    rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024} if modality == "CT" else {}
+    data = dataset(pixels, modality, **(rescale | tags))
+    data.file_meta.TransferSyntaxUID = syntax or data.file_meta.TransferSyntaxUID
+    return data
+
+
 def slices(hu, spacing, stored):
     """Yields the stored pixels and the tags of each slice of a body [z, y, x] with voxels of `spacing` mm."""
     signs, letters = STORED[stored][::2], STORED[stored][1::2]

@@ -14,7 +14,6 @@ from dataclasses import replace
 import numpy as np
 import scans
 from folders import encoded
-from test_uploads import written
 
 from lungjax.config import InputSpec
 from lungjax.config.metadata import Metadata
@@ -139,7 +138,7 @@ def flat(value, shape=(20, 30)):
 def slices(level, uid, count=3):
     pixels = np.full((16, 16), level, np.uint16)
     data = scans.dataset(pixels, "CT", RescaleSlope=1, RescaleIntercept=-1024, SeriesInstanceUID=uid)
-    return [written(data)] * count
+    return [scans.file_bytes(data)] * count
 
 
 def post_all(service, count, path="/predict"):
@@ -155,13 +154,21 @@ def wait_for(condition, seconds=10):
         time.sleep(0.005)
 
 
-def raw(service, text, *more, pause=0.0, wait=5):
+def conversation(port, *parts, end=False):
+    """Sends bytes and, if `end`, shuts down the sending side; returns everything until the service closes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=120) as one:
+        one.sendall(b"".join(parts))
+        if end:
+            one.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: one.recv(65536), b""))
+
+
+def raw(service, *parts, pause=0.0):
     """Sends bytes over a socket and returns the status and body of the response."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=wait) as one:
-        one.sendall(text)
-        for part in more:
-            time.sleep(pause)
+    with socket.create_connection(("127.0.0.1", service.port), timeout=5) as one:
+        for part in parts:
             one.sendall(part)
+            time.sleep(pause)
         answer = http.client.HTTPResponse(one)
         answer.begin()
         return answer.status, json.loads(answer.read())

@@ -72,9 +72,6 @@ class Server:
             if url := re.match(r"http://127\.0\.0\.1:(\d+)/", line):
                 self.port = int(url[1])
                 return
-        self.fail()
-
-    def fail(self) -> None:
         raise SystemExit(self.read_log())
 
     def read_log(self) -> str:
@@ -100,7 +97,7 @@ class Server:
                 if send(self.connect(), request(body, "image/png"))[0] == 200:
                     return time.perf_counter() - self.start
             time.sleep(0.05)
-        return self.fail()
+        raise SystemExit(self.read_log())
 
     def processor(self) -> float:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()

@@ -15,12 +15,12 @@ from PIL import Image
 
 from tests.benchmarks import harness
 
-sys.path += [str(harness.ROOT / "tests"), str(harness.ROOT / "tests/serve")]
+sys.path.append(str(harness.ROOT / "tests"))
 import scans
 from folders import encoded
-from services import TOKEN
+from hostile_files import bombs, png
+from services import TOKEN, conversation
 from services import form as encode
-from test_uploads import bombs, png, written
 
 SIDE = 512
 MARKER = "Zentinel"  # in names, values, headers and queries of uploads; must not appear in the log
@@ -49,8 +49,8 @@ def pictures(folder: Path | None, count: int = 24) -> list[Image.Image]:
 
 
 def scan(picture: Image.Image, **tags: Any) -> bytes:
-    rescale = {"RescaleSlope": 1, "RescaleIntercept": -1024}
-    return written(scans.dataset(np.asarray(picture, np.uint16) * 6, "CT", PatientName=MARKER, **rescale, **tags))
+    tags |= {"PatientName": MARKER, "RescaleSlope": 1, "RescaleIntercept": -1024}
+    return scans.file_bytes(scans.dataset(np.asarray(picture, np.uint16) * 6, "CT", **tags))
 
 
 def valid(images: list[Image.Image]) -> dict[str, tuple[float, list[Request]]]:
@@ -85,7 +85,7 @@ def malformed(images: list[Image.Image]) -> dict[str, list[Request]]:
         "truncated": [request(data[: int(len(data) * f)], kind) for data, kind in cuts for f in (0.002, 0.3, 0.9)],
         "huge, declared": [request(bytes(2**20), "image/png", Content_Length="3000000000")],
         "huge, chunked": [request(lambda: itertools.repeat(bytes(2**20), 80), "image/png")],
-        **{f"bomb: {name}": [form(data)] for name, data in bombs() if name in ("zTXt", "iTXt", "iCCP", "tags")},
+        **{f"bomb: {name}": [form(data)] for name, data, _ in bombs() if name[:4] in ("zTXt", "iCCP", "tags")},
         "PNG of 900 megapixels": [form(png(30_000, 30_000, pixels=bytes(10**6)))],
         "JPEG with 60,000 px in its header": [form(bytes(header))],
         "60,000 px wide": [form(encoded(Image.new("L", (60_000, 10)), kind)) for kind in ("PNG", "TIFF")],
@@ -120,11 +120,7 @@ def attacks(images: list[Image.Image], port: int) -> dict[str, Callable[[], str]
         return "\r\n".join([f"{method} {path}?patient={MARKER} HTTP/1.1", *lines, "\r\n"]).encode()
 
     def ask(*parts: bytes, half_closed: bool = False) -> str:
-        with connect() as one:
-            one.sendall(b"".join(parts))
-            if half_closed:
-                one.shutdown(socket.SHUT_WR)
-            return b"".join(iter(lambda: one.recv(65536), b""))[9:12].decode() or "closed"
+        return conversation(port, *parts, end=half_closed)[9:12].decode() or "closed"
 
     def idle() -> str:
         with ExitStack() as stack:

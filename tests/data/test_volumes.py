@@ -10,7 +10,7 @@ nibabel = pytest.importorskip("nibabel")
 
 import scans  # noqa: E402
 from pydicom.pixels import apply_voi_lut  # noqa: E402
-from scans import pixels_of, windowed  # noqa: E402
+from scans import pixels_of, scan, windowed  # noqa: E402
 from skimage import transform  # noqa: E402
 
 from lungjax.data.imaging import dicom, nifti, volumes  # noqa: E402
@@ -182,32 +182,27 @@ def test_flaws_of_series(tmp_path):
     assert "tilted" in tilted.flaw and tilted.plane == "axial"
 
 
-def ct(**tags):
-    return scans.dataset(np.zeros((4, 4), np.uint16), "CT", **({"RescaleSlope": 1, "RescaleIntercept": 0} | tags))
-
-
 def compressed(syntax):
-    data = ct(PixelData=pydicom.encaps.encapsulate([b"\xff\xd8\xff\xe0 no image"]))
-    data.file_meta.TransferSyntaxUID = syntax
+    data = scan(syntax=syntax, PixelData=pydicom.encaps.encapsulate([b"\xff\xd8\xff\xe0 no image"]))
     data["PixelData"].VR, data["PixelData"].is_undefined_length = "OB", True
     return data
 
 
 def test_bad_dicom_files(tmp_path):
     pixel_errors = (
-        (ct(PixelData=None), "pixels"),
-        (ct(PixelData=bytes(20)), "truncated"),
+        (scan(PixelData=None), "pixels"),
+        (scan(PixelData=bytes(20)), "truncated"),
         (compressed(pydicom.uid.JPEG2000Lossless), "pylibjpeg-openjpeg"),
     )
     header_errors = (
-        (ct(PixelData=None, Rows=None), "pixels"),
-        (ct(Modality="MR"), "MR"),
-        (ct(NumberOfFrames=3), "functional groups"),
-        (ct(RescaleIntercept=None), "RescaleIntercept"),
+        (scan(PixelData=None, Rows=None), "pixels"),
+        (scan(Modality="MR"), "MR"),
+        (scan(NumberOfFrames=3), "functional groups"),
+        (scan(RescaleIntercept=None), "RescaleIntercept"),
         (compressed(pydicom.uid.JPEGLSLossless), "pylibjpeg-libjpeg"),
-        (ct(PixelSpacing=[0, 1]), "0 x 1"),
-        (ct(ImagePositionPatient=[1, 2]), "ImagePositionPatient"),
-        (ct(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "unit vectors"),
+        (scan(PixelSpacing=[0, 1]), "0 x 1"),
+        (scan(ImagePositionPatient=[1, 2]), "ImagePositionPatient"),
+        (scan(ImageOrientationPatient=[1, 0, 0, 1, 0, 0]), "unit vectors"),
         (compressed(pydicom.uid.MPEG2MPML), "uncompressed"),
     )
     for read, cases in ((picture, pixel_errors), (dicom.headers, header_errors)):
@@ -220,8 +215,6 @@ def test_bad_dicom_files(tmp_path):
 def test_other_files(tmp_path):
     (tmp_path / "a.dcm").write_bytes(b"plain text" * 50)
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(b"plain text" * 50))
-    path = scans.nifti(tmp_path / "b.nii.gz", scans.body())
-    (tmp_path / "b.nii.gz").write_bytes((tmp_path / "b.nii.gz").read_bytes()[:-400])
     for read, name, word in (
         (dicom.headers, "a.dcm", "not a DICOM"),
         (dicom.headers, "none.dcm", "no such file"),
@@ -230,8 +223,6 @@ def test_other_files(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"{name}: {word}"):
             read(str(tmp_path / name))
-    with pytest.raises(ValueError, match=r"b.nii.gz: (a damaged|not a readable)"):
-        nifti.picture(path, "axial", 0, WIDE)
 
 
 def test_bad_nifti_files(tmp_path):

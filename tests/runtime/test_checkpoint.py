@@ -96,28 +96,24 @@ def test_save_of_donated_buffers(tmp_path):
     assert int(restored.step) == 1 and kernel(restored) == 1 and kernel(best) == 1
 
 
+# Functions of a checkpoint's largest file, its content, and the checksums.
+DAMAGE = {
+    "flipped bit": lambda file, content, _: file.write_bytes(bytes([content[0] ^ 4]) + content[1:]),
+    "truncated": lambda file, content, _: file.write_bytes(content[:-1]),
+    "missing": lambda file, *_: file.unlink(),
+    "no checksums": lambda _, __, checksums: checksums.unlink(),
+    "garbled checksums": lambda _, __, checksums: checksums.write_text('["state"]'),
+    "empty checksums": lambda _, __, checksums: checksums.write_text("{}"),
+    "unlisted file": lambda _, content, checksums: (checksums.parent / "extra").write_bytes(content),
+    "file outside": lambda file, content, checksums: checksums.write_text(
+        json.dumps(json.loads(checksums.read_text()) | {str(file): [len(content), zlib.crc32(content)]})
+    ),
+}
+
+
 def damage(path, kind: str) -> None:
-    """Damages a checkpoint's largest file, or its checksums."""
     largest = max(path.glob("*/ocdbt.process_0/d/*"), key=lambda p: p.stat().st_size)
-    content, checksums = largest.read_bytes(), (path / "checksums.json").read_text()
-    outside = {str(largest): [len(content), zlib.crc32(content)]}
-    half = len(content) // 2
-    {
-        "flipped bit": lambda: largest.write_bytes(content[:half] + bytes([content[half] ^ 4]) + content[half + 1 :]),
-        "truncated": lambda: largest.write_bytes(content[:-1]),
-        "missing": largest.unlink,
-        "no checksums": (path / "checksums.json").unlink,
-        "garbled checksums": lambda: (path / "checksums.json").write_text('["state"]'),
-        "empty checksums": lambda: (path / "checksums.json").write_text("{}"),
-        "unlisted file": lambda: (path / "extra").write_bytes(content),
-        "file outside": lambda: (path / "checksums.json").write_text(json.dumps(json.loads(checksums) | outside)),
-    }[kind]()
-
-
-DAMAGE = (
-    "flipped bit", "truncated", "missing", "no checksums", "garbled checksums", "empty checksums", "unlisted file",
-    "file outside",
-)  # fmt: skip
+    DAMAGE[kind](largest, largest.read_bytes(), path / "checksums.json")
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

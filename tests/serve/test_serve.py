@@ -92,9 +92,8 @@ def test_enhanced_ct(service, tmp_path):
 
 
 def test_modality_of_scans(tmp_path):
-    xray = Path(scans.save(scans.dataset(np.arange(64, dtype=np.uint16).reshape(8, 8), "CR"), tmp_path / "x.dcm"))
-    frames = Path(scans.enhanced(tmp_path / "e.dcm", np.full((3, 8, 8), 75, np.int16)))
-    files = [(path.name, path.read_bytes()) for path in (xray, frames)]
+    frames = Path(scans.enhanced(tmp_path / "e.dcm", np.full((3, 8, 8), 75, np.int16))).read_bytes()
+    files = [("x.dcm", scans.file_bytes(scans.scan("CR"))), ("e.dcm", frames)]
     for modality, expected in (("ct", [True, False]), ("xray", [False, True])):
         with running(Brightness(modality=modality)) as service:
             results = service.post("/predict", *files)[1]["results"]

@@ -13,8 +13,9 @@ from contextlib import ExitStack, closing
 import numpy as np
 import pytest
 from folders import encoded
-from services import DISK, HEAD, TOKEN, flat, form, raw, running, wait_for
-from test_uploads import SECRETS, picture, scan, secret, written
+from scans import file_bytes, scan
+from services import DISK, HEAD, TOKEN, conversation, flat, form, raw, running, wait_for
+from test_uploads import SECRETS, picture, secret
 
 from lungjax.runtime import environment
 from lungjax.serve import middleware, protocol, uploads
@@ -138,31 +139,22 @@ def test_pixels_of_a_request():
         assert service.state.budget.bytes == 0
 
 
-def conversation(service, *parts, end=False):
-    """Sends bytes and, if `end`, shuts down the sending side; returns everything until the service closes."""
-    with socket.create_connection(("127.0.0.1", service.port), timeout=5) as one:
-        one.sendall(b"".join(parts))
-        if end:
-            one.shutdown(socket.SHUT_WR)
-        return b"".join(iter(lambda: one.recv(65536), b""))
-
-
 def test_two_lengths_of_a_body(service):
     """Proxies disagree on where such a request ends; a second request may hide in its body."""
     chunk = b"%x\r\n%s\r\n0\r\n\r\n" % (len(flat(1)), flat(1))
     hidden = b"GET /model HTTP/1.1\r\nHost: localhost\r\n\r\n"
     for size in (4, len(chunk)):
         lengths = b"Content-Length: %d\r\nTransfer-Encoding: chunked\r\n\r\n" % size
-        answer = conversation(service, HEAD, lengths, chunk, hidden)
+        answer = conversation(service.port, HEAD, lengths, chunk, hidden)
         assert answer.startswith(b"HTTP/1.1 400") and b"Transfer-Encoding" in answer and answer.count(b"HTTP/1.1") == 1
 
 
 def test_half_closed_connection(service):
     data = flat(51)
-    answer = conversation(service, HEAD, b"Content-Length: %d\r\n\r\n" % len(data), data, end=True)
+    answer = conversation(service.port, HEAD, b"Content-Length: %d\r\n\r\n" % len(data), data, end=True)
     assert answer.startswith(b"HTTP/1.1 200") and b'"bright":0.2' in answer
-    assert conversation(service, HEAD, b"Content-Length: 500\r\n\r\nabc", end=True) == b""
-    answers = conversation(service, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3, end=True)
+    assert conversation(service.port, HEAD, b"Content-Length: 500\r\n\r\nabc", end=True) == b""
+    answers = conversation(service.port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3, end=True)
     assert answers.count(b"HTTP/1.1 200") == 3
 
 
@@ -265,7 +257,7 @@ def test_host_names_of_a_public_service():
 def test_no_trace_of_uploads(caplog, capfd):
     """No file leaves a trace, even above a megabyte, where Starlette's form parser by default writes to disk."""
     caplog.set_level(logging.DEBUG)
-    big = written(secret(scan(shape=(1100, 1100))))
+    big = file_bytes(secret(scan(shape=(1100, 1100))))
     assert len(big) > 2**21
     tiff = encoded(picture((1500, 1500)), "TIFF", compression="tiff_lzw")
     for decoder in ("pydicom", "PIL", "python_multipart"):

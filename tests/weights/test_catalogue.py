@@ -21,6 +21,7 @@ from lungjax.weights.name_rules import layouts
 
 def test_validity_of_rows():
     assert len(catalogue.RECORDS) == 212
+    licenses = ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "not stated")
     for record in catalogue.RECORDS:
         model, tag = record.name.split(".")
         assert model == record.model and re.fullmatch(r"[a-z0-9_]+", tag), record
@@ -32,9 +33,7 @@ def test_validity_of_rows():
         assert record.input.interpolation in ("bilinear", "bicubic"), record
         assert 0.8 < record.crop <= 1 and record.classes in (1000, 21843) and 5 <= record.megabytes < 5000, record
         assert record.top1 is None or 58 < record.top1 < 88, record
-        assert record.license in ("apache-2.0", "mit", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "not stated"), (
-            record
-        )
+        assert record.license in licenses, record
         assert record.noncommercial == record.model.startswith("convnextv2"), record
         assert record.layout in layouts(model), record
         network = models.MODELS[model]()

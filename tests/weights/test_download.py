@@ -181,11 +181,9 @@ def test_fetch_command_from_mirror(host, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setenv("LUNGJAX_WEIGHTS_URL", f"{host.url}/mirror/")
     assert fetch("convnextv2_atto", "mobilenet.keras") == 0
-    assert [path for path, *_ in host.requests] == [
-        "/mirror/convnextv2_atto.fcmae_ft_in1k.safetensors",
-        "/mirror/mobilenet_1_0_224_tf.h5",
-    ]
-    assert (tmp_path / "mine" / "mobilenet_1_0_224_tf.h5").read_bytes() == CONTENT
+    files = ("convnextv2_atto.fcmae_ft_in1k.safetensors", "mobilenet_1_0_224_tf.h5")
+    assert [path for path, *_ in host.requests] == [f"/mirror/{file}" for file in files]
+    assert (tmp_path / "mine" / files[1]).read_bytes() == CONTENT
     assert "license cc-by-nc-4.0 (not for commercial use)" in capsys.readouterr().out.splitlines()[0]
     assert fetch("vgg16") == 2  # the mirror's file is not the published one
     assert "published 64373286793e3c8b2b4e3219cbf3544b" in capsys.readouterr().err
