@@ -1,4 +1,4 @@
-"""The results tables of the studies, cells of published numbers; published/tables.toml describes them. Imports no jax."""
+"""The results tables of the studies: cells of published numbers, see published/tables.toml. Imports no jax."""
 
 import re
 from collections import Counter
