@@ -8,6 +8,7 @@ them. It prints one JSON object.
 import gzip
 import json
 import random
+import re
 import resource
 import subprocess
 import sys
@@ -100,7 +101,8 @@ def open_files(paths):
             slowest, failures = max(slowest, time.monotonic() - started), failures + len(failed)
             if len(sys.argv) == 2:
                 reasons.setdefault(path.name, {})[read.__name__] = " ".join(failed)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # getrusage would include the process that started this one.
+    memory = int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
     result = {"files": count, "failures": failures, "slowest": slowest, "memory": memory}
     print(json.dumps(result | {"unexpected": unexpected, "reasons": reasons}))
 
