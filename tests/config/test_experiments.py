@@ -62,7 +62,7 @@ PARAMETERS = {
     "covidx_ct:model=vgg16,unfreeze=4,protocol=study": (3, VGG + 3 * CONV),
     "covidx_ct:model=vgg16,unfreeze=2": (3, VGG + 2 * CONV),
 }
-LARGE = "v2_b[12]|convnext_(small|base)|resnet1|resnet50v2|efficientnet_b[37]|densenet201|unfreeze=[012],protocol|covidx_ct:protocol"
+LARGE = "v2_b[12]|convnext_(small|base)|resnet1|resnet50v2|efficientnet_b[37]|densenet201|unfreeze=[012],p|covidx_ct:p"
 # The gray levels 0, 128, 255 in the first input channel.
 IMAGENET, ROOTS = (-2.11790, 0.07406, 2.24891), (-1.01350, 0.03544, 1.07619)
 INPUTS = {
