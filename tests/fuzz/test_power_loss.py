@@ -95,7 +95,7 @@ def mutate(path: Path, rng: random.Random) -> None:
         else:
             node[key] = "VALUE"
         path.write_text(json.dumps(tree).replace('"VALUE"', rng.choice(VALUES)))
-    else:
+    elif content:
         at = rng.randrange(len(content))
         path.write_bytes(content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :])
 
