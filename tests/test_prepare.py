@@ -21,6 +21,7 @@ from lungjax import cli, datasets, prepare
 from lungjax.config import InputSpec
 from lungjax.data import pipeline, prepared
 from lungjax.data.imaging import images
+from lungjax.data.imaging.limits import Limits
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets.build import staging, writer
 
@@ -157,6 +158,17 @@ def test_image_above_the_limit(folder, tmp_path, monkeypatch, capsys):
     assert commands.run(prepare, *arguments) == 2 and "large.png: 30 x 30 pixels" in capsys.readouterr().err
     assert commands.run(prepare, *arguments, "--on_bad_image=skip") == 0
     assert "train/a/large.png" not in open_folder(tmp_path).columns["file"]
+
+
+def test_stored_image_above_the_default_limit(folder, tmp_path):
+    write(tmp_path)
+    file = open_folder(tmp_path).columns["file"][0]  # which is decoded when the data set is opened
+    Image.new("L", (7000, 6000), 90).save(folder / file)
+    with pytest.raises(ValueError, match="--max_megapixels"):
+        write(tmp_path, overwrite=True)
+    options = PrepareOptions(limits=Limits(pixels=50_000_000))
+    datasets.write("folder", folder, tmp_path / "data", options, quiet=True, overwrite=True)
+    assert open_folder(tmp_path).columns["width"][0] == 7000
 
 
 def test_images_without_a_lung(folder, tmp_path):

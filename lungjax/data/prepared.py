@@ -1,7 +1,7 @@
 """A prepared data set: columns from `index.npz` and encoded images from TFDS records, in the same order.
 
-The index is separate from the records, so that 425,000 images open in about a second. It is written last; a directory
-without it is not prepared.
+The index is separate from the records, so that large data sets open quickly. It is written last; a directory without
+it is not prepared.
 """
 
 import contextlib
@@ -143,7 +143,7 @@ def _check_sample(directory: Path, columns: Mapping[str, np.ndarray], records: A
         same = all(record[key].decode() == columns[key][row] for key in ("file", "group", "source"))
         if same and number % 8 == 0:
             with damage(directory):
-                array, form = images.read(record["image"])
+                array, form = images.read(record["image"], limits=None)  # `prepare` may have had higher limits
             same = array.shape[:2] == (columns["height"][row], columns["width"][row])
             if not modified and form == "PNG" and array.dtype == np.uint8:  # JPEG decoders may differ
                 same &= images.digest(array) == columns["pixels"][row]

@@ -24,8 +24,7 @@ def normalize(images: jax.Array, spec: InputSpec) -> jax.Array:
 def prediction_batch_size(config: Config, devices: int, platform: str) -> int:
     """Returns the prediction batch size over all devices: `eval.batch_size`, or a default if that is 0.
 
-    `platform` is "cpu", "gpu" or "tpu". On a CPU, throughput with 4 to 16 images of 224 px is within 4 % of the best
-    (measured). On accelerators (not measured), the largest maps take 0.4 GB in bfloat16.
+    `platform` is "cpu", "gpu" or "tpu". On accelerators, the largest maps take 0.4 GB in bfloat16.
     """
     if config.eval.batch_size:
         return config.eval.batch_size

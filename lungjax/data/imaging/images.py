@@ -273,7 +273,7 @@ def file_bytes(path: str | Path, limits: Limits = file_limits.DEFAULT) -> bytes:
 
 
 def read(
-    data: bytes, formats: tuple[str, ...] | None = None, limits: Limits = file_limits.DEFAULT
+    data: bytes, formats: tuple[str, ...] | None = None, limits: Limits | None = file_limits.DEFAULT
 ) -> tuple[np.ndarray, str]:
     """Returns a decoded image file, uint8 [H, W] or [H, W, 3], or uint16 [H, W], and Pillow's name of the format.
 
