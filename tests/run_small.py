@@ -1,7 +1,8 @@
 """A small run in its own process: python tests/run_small.py OUT [FIELD=VALUE ...] [--host=I --hosts=N --port=P]
 
 Trains `small_runs.PLAIN` (with --all: `small_runs.CONFIG`) and saves losses and test predictions as OUT.npz. With
---pause, it waits before each step, for tests that stop the run. With --hosts, this process is one host of a run.
+--pause, it waits before each step, for tests that stop the run. With --hosts, this process is one host of a run. With
+--differ, a run with that assignment comes first, which must fail since it differs on another host.
 """
 
 import argparse
@@ -10,26 +11,27 @@ import sys
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
-import pytest
-
 sys.path.insert(0, str(Path(__file__).parent))
-import conftest
-import small_runs as runs
-
-from lungjax.evaluation import predictions
-from lungjax.runtime import distributed, signals
-from lungjax.training import metrics_log, train
 
 
 def main() -> None:
+    import conftest  # here, since reader processes import this file as well
+    import jax
+    import numpy as np
+    import pytest
+    import small_runs as runs
+
+    from lungjax.evaluation import predictions
+    from lungjax.runtime import distributed, signals
+    from lungjax.training import metrics_log, train
+
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("fields", nargs="*")
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--fail_at", type=int, default=0)  # step whose batch can't be read on this host
+    parser.add_argument("--differ")  # assignment of another run before, whose error is printed
     parser.add_argument("--host", type=int, default=0)
     parser.add_argument("--hosts", type=int, default=1)
     parser.add_argument("--port", type=int)
@@ -47,10 +49,14 @@ def main() -> None:
 
     runs.patched(pytest.MonkeyPatch(), conftest.make_small_data())
     runs.change_batches(pytest.MonkeyPatch(), wait_or_fail)
-    out = flags.out
+    out, config = flags.out, runs.changed(runs.CONFIG if flags.all else runs.PLAIN, *flags.fields)
     try:
+        if flags.differ:
+            with pytest.raises(distributed.CollectiveError) as error:
+                train.run(runs.changed(config, flags.differ), out, out.parent)
+            print(error.value, "(nothing is written)" * (not out.exists()), file=sys.stderr)
         with distributed.abort_all_on_error():
-            train.run(runs.changed(runs.CONFIG if flags.all else runs.PLAIN, *flags.fields), out, out.parent)
+            train.run(config, out, out.parent)
     except ValueError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
@@ -65,5 +71,5 @@ def main() -> None:
         )
 
 
-if __name__ == "__main__":  # reader processes import this file as well
+if __name__ == "__main__":
     main()

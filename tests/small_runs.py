@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -35,6 +36,7 @@ CONFIG = Config(
 CONFIG = overrides.override(CONFIG, "augment=xray_covid_online")
 CONFIG = overrides.override(CONFIG, "augment.cutmix=1")
 PLAIN = overrides.override(CONFIG, "augment=none")
+BUILD, PROGRAMS = program.build, dict[tuple, program.Program]()
 
 
 def changed(config: Config, *assignments: str) -> Config:
@@ -44,8 +46,9 @@ def changed(config: Config, *assignments: str) -> Config:
 
 
 def patched(patch: pytest.MonkeyPatch, data) -> None:
-    """Makes runs find the small network and open `data`, and omits the figures of their reports."""
+    """Makes runs find the small network and open `data`, share programs, and omit the figures of their reports."""
     patch.setitem(models.MODELS, "small_bn", conftest.small_bn())
+    patch.setattr(program, "build", shared_program)
     patch.setattr(setup, "open_dataset", lambda *_, **__: data)
     conftest.without_pictures(patch)
 
@@ -153,9 +156,19 @@ def batch_of(config: Config, n: int = 8) -> dict[str, jax.Array]:
     return {"image": jnp.asarray(images), "label": labels, "place": jnp.arange(n, dtype=jnp.uint32)}
 
 
-@cache
+def shared_program(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh) -> program.Program:
+    """Returns one program per network, schedule and step, so that a process traces and compiles it only once."""
+    steps, eval_steps = program.step_counts(config, len(labels))
+    host = {"steps": 0, "save_steps": 0, "eval_steps": 0, "log_steps": 1, "patience": 0, "keep": "best"}  # not traced
+    step = replace(config, train=replace(config.train, **host)), steps * (config.optim.schedule != "constant")
+    key = (step, classes, labels.tobytes(), mesh, models.MODELS.get(config.model.name))  # some tests replace networks
+    if key not in PROGRAMS:
+        PROGRAMS[key] = BUILD(config, classes, labels, mesh)
+    return replace(PROGRAMS[key], steps=steps, eval_steps=eval_steps)
+
+
 def build(config: Config) -> program.Program:
-    return program.build(config, ("left", "middle", "right"), np.arange(36) % 3, meshes.make_mesh())
+    return shared_program(config, ("left", "middle", "right"), np.arange(36) % 3, meshes.make_mesh())
 
 
 def first_state(config: Config):

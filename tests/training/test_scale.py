@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import shutil
 import signal
 import socket
 import subprocess
@@ -51,45 +52,41 @@ def losses(workdir):
 
 def test_stop_and_resume_of_two_hosts(tmp_path):
     """SIGTERM to one host makes both save; the resumed run equals that of one device, which can also continue it."""
-    hosts = runs.start_hosts(tmp_path / "two", *[f"{HOSTS} --pause=0.15"] * 2)
+    hosts = runs.start_hosts(tmp_path / "two", *[f"{HOSTS} --pause=0.1"] * 2)
     runs.wait_for_step(tmp_path / "two", 2, hosts[0])
     hosts[1].send_signal(signal.SIGTERM)
     runs.finish(hosts, code=128 + signal.SIGTERM)
     assert 2 <= newest(tmp_path / "two", "last") < 8
+    shutil.copytree(tmp_path / "two", tmp_path / "continued")
     runs.finish(runs.start_hosts(tmp_path / "two", HOSTS, HOSTS))
-    config = runs.changed(runs.PLAIN, *HOSTS.split())
-    train.run(config, tmp_path / "one", tmp_path)
+    for name in ("one", "continued"):
+        train.run(runs.changed(runs.PLAIN, *HOSTS.split()), tmp_path / name, tmp_path)
     result = np.load(tmp_path / "two.npz")
     assert result["devices"] == 4 and len(set(losses(tmp_path / "one"))) == 8
-    np.testing.assert_allclose(result["losses"], losses(tmp_path / "one"), rtol=1e-5)
+    for other in (result["losses"], losses(tmp_path / "continued")):
+        np.testing.assert_allclose(other, losses(tmp_path / "one"), rtol=1e-5)
     one = predictions.read(tmp_path / "one/predictions_test.csv").probabilities
     np.testing.assert_allclose(result["probabilities"], one, atol=1e-5)
-    for name in ("one", "two"):  # lengthened
-        train.run(runs.changed(config, "train.steps=10"), tmp_path / name, tmp_path)
-    assert len(losses(tmp_path / "two")) == 10
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5)
 
 
-def test_end_of_all_hosts_after_a_failure(tmp_path):
-    """A normal exit would wait five minutes for the other host, which waits for this host's part of the step."""
-    begin = time.time()
-    errors = runs.finish(runs.start_hosts(tmp_path / "run", HOSTS, f"{HOSTS} --fail_at=3"), code=2)
-    assert time.time() - begin < 120
-    assert "host 1 of 2: 7.png can't be read" in errors[1] and "host 0 of 2" in errors[0]
-
-
-def test_differing_hosts_in_slurm(tmp_path):
+def test_differing_and_failing_hosts_in_slurm(tmp_path):
+    """After a failure, a normal exit would wait five minutes for the other host, which waits for a part of the step."""
     with socket.socket() as free:
         for job in range(1000, 2000):
             with contextlib.suppress(OSError):
                 free.bind(("localhost", 61440 + job))  # jax derives this port from the job id
                 break
     slurm = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
-    tasks = [{**slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(2)]
-    hosts = [runs.start(tmp_path / "run", 2, **tasks[0]), runs.start(tmp_path / "run", 2, "optim.lr=0.5", **tasks[1])]
-    for errors in runs.finish(hosts, code=2):
-        assert "differ in the configuration (host 0 against 1)" in errors
-    assert not (tmp_path / "run").exists()
+    options = (["--differ=optim.lr=0.02"], ["--differ=optim.lr=0.5", "--fail_at=3"])
+    begin, hosts = time.time(), []
+    for i, own in enumerate(options):
+        task = {**slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}
+        hosts.append(runs.start(tmp_path / "run", 2, *HOSTS.split(), *own, **task))
+    errors = runs.finish(hosts, code=2)
+    assert time.time() - begin < 120
+    assert "host 1 of 2: 7.png can't be read" in errors[1] and "host 0 of 2" in errors[0]
+    for text in errors:
+        assert "differ in the configuration (host 0 against 1)" in text and "nothing is written" in text
 
 
 @pytest.mark.slow

@@ -24,8 +24,11 @@ from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
 pytestmark = pytest.mark.usefixtures("small_network")
-CONFIG = changed(PLAIN, "optim.freeze=", "train.log_steps=2", "train.save_steps=0")
-SGD = changed(CONFIG, "model.head.dropout=0", "optim.name=sgd", "optim.schedule=constant")
+CONFIG = changed(
+    PLAIN, "optim.freeze=", "optim.schedule=constant", "input.mean=0.4,0.5,0.6", "input.std=0.2,0.3,0.4",
+    "train.log_steps=2", "train.save_steps=0",
+)  # fmt: skip
+SGD = changed(CONFIG, "model.head.dropout=0", "optim.name=sgd")
 
 
 @pytest.fixture(scope="module")
@@ -106,11 +109,9 @@ def test_conflict_with_the_workdir(tmp_path, monkeypatch, small_data, complete):
         train.run(CONFIG, workdir, tmp_path)
 
 
-def test_lengthened_run(tmp_path, monkeypatch):
+def test_lengthened_run(tmp_path, monkeypatch, complete):
     """8 steps and then 12 give the weights of 12, also if the extension is killed."""
-    config = changed(CONFIG, "optim.schedule=constant", "train.save_steps=1")
-    train.run(config, tmp_path / "whole", tmp_path)
-    workdir = tmp_path / "run"
+    config, workdir = changed(CONFIG, "train.save_steps=1"), tmp_path / "run"
     train.run(changed(config, "train.steps=8"), workdir, tmp_path)
     with monkeypatch.context() as patch, pytest.raises(signals.Interrupted):
         runs.interrupt(patch, signal.SIGTERM, 10)
@@ -122,7 +123,7 @@ def test_lengthened_run(tmp_path, monkeypatch):
     train.run(config, workdir, tmp_path)
     rows = metrics_log.read(workdir / "metrics.jsonl")
     assert [(row["step"], row["steps"]) for row in rows if "steps" in row] == [(0, 8), (8, 12)]
-    states = [runs.last_state(folder) for folder in (tmp_path / "whole", workdir)]
+    states = [runs.last_state(folder) for folder in (complete, workdir)]
     for name, array in states[0].items():
         np.testing.assert_array_equal(states[1][name], array, err_msg=name)
     assert overrides.from_json((workdir / "config.json").read_text()) == config
@@ -170,17 +171,15 @@ def test_dropout_by_seed_and_step():
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_tuning_a_head_on_another_run(tmp_path):
+def test_tuning_a_head_on_another_run(tmp_path, complete):
     """Normalization and weights are those of the source run; only the head is trained."""
-    source = changed(CONFIG, "train.steps=2", "train.eval_steps=2", "input.mean=0.4,0.5,0.6", "input.std=0.2,0.3,0.4")
-    train.run(source, tmp_path / "source", tmp_path)
     tuning = ("train.steps=2", "train.eval_steps=2", "optim.tune=head", "optim.lr_factors=bias$=2")
-    config = changed(CONFIG, f"model.weights=run:{tmp_path / 'source'}", *tuning)
+    config = changed(PLAIN, "optim.freeze=", f"model.weights=run:{complete}", *tuning)
     train.run(config, tmp_path / "run", tmp_path)
     saved = overrides.from_json((tmp_path / "run/config.json").read_text())
     assert saved == dataclasses.replace(config, input=saved.input)
     assert (saved.input.mean, saved.input.std) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
-    before, after = (runs.best_variables(tmp_path / name) for name in ("source", "run"))
+    before, after = (runs.best_variables(workdir) for workdir in (complete, tmp_path / "run"))
     assert after["params"]["stem_conv"]["kernel"].shape == (3, 3, 3, 4)
     assert runs.different(before, after) == {"params/head/dense/kernel", "params/head/dense/bias"}
     workdirs.check(tmp_path / "run", load.resolve(config), "train")  # the same command would resume
