@@ -1,9 +1,7 @@
 """A small run in its own process: python tests/run_small.py OUT [FIELD=VALUE ...] [--host=I --hosts=N --port=P]
 
 Trains `small_runs.PLAIN` (with --all: `small_runs.CONFIG`) and saves losses and test predictions as OUT.npz. With
---pause, it waits before each step, for tests that stop the run. With --hosts, this process is one host of a run. With
---differ, a run with that assignment comes first, which must fail since it differs on another host.
-"""
+--pause, it waits before each step, for tests that stop the run. With --hosts, this process is one host of a run."""
 
 import argparse
 import os
@@ -31,7 +29,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--pause", type=float, default=0.0)
     parser.add_argument("--fail_at", type=int, default=0)  # step whose batch can't be read on this host
-    parser.add_argument("--differ")  # assignment of another run before, whose error is printed
+    parser.add_argument("--differ")  # assignment of a first run, which must fail since another host's differs
     parser.add_argument("--host", type=int, default=0)
     parser.add_argument("--hosts", type=int, default=1)
     parser.add_argument("--port", type=int)
@@ -51,11 +49,11 @@ def main() -> None:
     runs.change_batches(pytest.MonkeyPatch(), wait_or_fail)
     out, config = flags.out, runs.changed(runs.CONFIG if flags.all else runs.PLAIN, *flags.fields)
     try:
-        if flags.differ:
-            with pytest.raises(distributed.CollectiveError) as error:
-                train.run(runs.changed(config, flags.differ), out, out.parent)
-            print(error.value, "(nothing is written)" * (not out.exists()), file=sys.stderr)
         with distributed.abort_all_on_error():
+            if flags.differ:
+                with pytest.raises(distributed.CollectiveError) as error:
+                    train.run(runs.changed(config, flags.differ), out, out.parent)
+                print(error.value, "(nothing is written)" * (not out.exists()), file=sys.stderr)
             train.run(config, out, out.parent)
     except ValueError as error:
         print(error, file=sys.stderr)

@@ -159,12 +159,11 @@ def batch_of(config: Config, n: int = 8) -> dict[str, jax.Array]:
 def shared_program(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh) -> program.Program:
     """Returns one program per network, schedule and step, so that a process traces and compiles it only once."""
     steps, eval_steps = program.step_counts(config, len(labels))
-    host = {"steps": 0, "save_steps": 0, "eval_steps": 0, "log_steps": 1, "patience": 0, "keep": "best"}  # not traced
-    step = replace(config, train=replace(config.train, **host)), steps * (config.optim.schedule != "constant")
-    key = (step, classes, labels.tobytes(), mesh, models.MODELS.get(config.model.name))  # some tests replace networks
-    if key not in PROGRAMS:
-        PROGRAMS[key] = BUILD(config, classes, labels, mesh)
-    return replace(PROGRAMS[key], steps=steps, eval_steps=eval_steps)
+    train = replace(config.train, steps=0, save_steps=0, eval_steps=0, log_steps=1, patience=0, keep="best")
+    scheduled, network = steps * (config.optim.schedule != "constant"), models.MODELS.get(config.model.name)
+    key = (replace(config, train=train), scheduled, network, classes, labels.tobytes(), mesh)  # some replace networks
+    built = PROGRAMS.get(key) or PROGRAMS.setdefault(key, BUILD(config, classes, labels, mesh))
+    return replace(built, steps=steps, eval_steps=eval_steps)
 
 
 def build(config: Config) -> program.Program:
