@@ -30,7 +30,7 @@ def resolve(data, tmp_path, images, *assignments, experiment="finetune"):
         (12, 8, 20, 0.5, "light", 160),  # 2 steps per epoch
         (70, 8, 20, 0.667, "light", 160),  # 9 steps
         (225, 16, 17, 0.786, "light", 160),  # 14 steps
-        (861, 32, 5, 0.889, "light", 160),  # 27 steps
+        (861, 32, 5, 0.889, "none", 160),  # 27 steps
         (4001, 32, 5, 0.9, "none", 224),
     ],
 )
