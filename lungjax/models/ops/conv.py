@@ -285,7 +285,7 @@ def _dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pad
             return to_float32(part) * to_float32(kernel[i, j, 0])
 
         return scatter_gradient([dy], x.shape, kernel.shape[:2], strides, pads, term)
-    if kernel.shape[2] != x.shape[-1] or x.shape[1] * x.shape[2] < 2 * dy.shape[1] * dy.shape[2]:
+    if kernel.shape[2] != x.shape[-1] or 2 * x.shape[1] * x.shape[2] < 3 * dy.shape[1] * dy.shape[2]:
         return _plain_dx(x, kernel, dy, strides, pads)
     dtype, contract = jnp.promote_types(x.dtype, jnp.float32), (((3,), (3,)), ((), ()))
     product = lax.dot_general(dy, kernel, contract, preferred_element_type=dtype)  # [B, h, w, kh, kw, C]
