@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 # From glibc's malloc.h. Its defaults return every large block to the kernel, so each training step would page-fault its
-# buffers again, which took half of a small network's step.
+# buffers again, which took half of a small network's step. A trim threshold of -1 means never.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX, M_ARENA_MAX = -1, -2, -4, -8
-SETTINGS = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20, M_ARENA_MAX: 1}
+SETTINGS = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 64 << 20, M_ARENA_MAX: 1}
 
 
 def without_tpu() -> None:
