@@ -1,7 +1,8 @@
 """A small run in its own process: python tests/run_small.py OUT [FIELD=VALUE ...] [--host=I --hosts=N --port=P]
 
 Trains `small_runs.PLAIN` (with --all: `small_runs.CONFIG`) and saves losses and test predictions as OUT.npz. With
---pause, it waits before each step, for tests that stop the run. With --hosts, this process is one host of a run."""
+--pause, it waits before each step, for tests that stop the run. With --hosts, this process is one host of a run.
+"""
 
 import argparse
 import os

@@ -153,7 +153,7 @@ def test_remat_and_bfloat16():
         assert sum(equation.primitive.name == "remat2" for equation in equations) == network.blocks, name
 
 
-DEFAULT = ("cbr", "efficientnet")
+DEFAULT = ("cbr", "efficientnet", "densenet")
 
 
 @pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in SHALLOW])
