@@ -12,7 +12,7 @@ import pytest
 from lungjax.runtime import distributed, signals
 
 CODE = """
-import gc, os, signal, time
+import gc, os, signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
 from lungjax import cli
 
 def interrupt(phase, info):
