@@ -17,7 +17,7 @@ from lungjax.data import pipeline
 from lungjax.datasets import without_lungs
 from lungjax.evaluation import baselines, metrics
 from lungjax.report.templating import listed
-from lungjax.runtime import distributed, provenance, signals
+from lungjax.runtime import distributed, environment, provenance, signals
 from lungjax.runtime.checkpoint import Checkpoints, newest, restore_best
 from lungjax.runtime.distributed import print_once
 from lungjax.runtime.profiler import Profiler
@@ -131,7 +131,7 @@ def train_loop(
     Only finite states are saved. Raises Interrupted after a signal, once the state is saved.
     """
     config, built = run.config.train, run.program
-    step = int(state.step)
+    first = step = int(state.step)
 
     def due(every: int) -> bool:
         return every > 0 and step > 0 and (step % every == 0 or step == built.steps)
@@ -160,6 +160,8 @@ def train_loop(
                 # ---- Train; the host runs ahead of the devices
                 if not interrupted:
                     state, step_metrics = profiler.call(step + 1, built.train_step, state, next(batches))
+                    if step == first:
+                        environment.trim_memory()  # of the compiler
                     step += 1
                     log.add(step_metrics)
 

@@ -10,7 +10,7 @@ import sys
 from typing import Any
 
 from tests.benchmarks import harness
-from tests.benchmarks.train_peers import BATCH, CBR, SIDE, TIMM
+from tests.benchmarks.train_peers import BATCH, SIDE
 
 NETWORKS = [
     "efficientnet_b0", "mobilenetv2", "efficientnetv2_s", "convnext_tiny", "resnet50v2", "densenet121", "cbr_larget",
@@ -23,8 +23,6 @@ def measure(network: str, pythons: dict[str, str], rounds: int) -> dict[str, dic
     env = harness.CPU | {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # compile time is measured
     facts, processes = {}, {}
     for name, python in pythons.items():  # one after the other, so that each compiles alone
-        if name == "torch" and network not in (*TIMM, *CBR):
-            continue
         processes[name] = harness.Process(python, "train_peers", "contender", env, name=name, network=network)
         facts[name] = processes[name].answer()
         print(f"{network}: {facts[name]['versions']}", file=sys.stderr)

@@ -3,7 +3,7 @@
 Each interpreter needs numpy and only its own libraries: jax, flax and optax; Keras and jax; or torch and timm.
 
 All train the same layers with Adam in float32, with the same classes, dropout and stochastic depth. CBR networks are
-defined here for torch and in tests.parity for Keras. timm has no ResNet50V2 with the same strides.
+defined here for torch and in tests.parity for Keras; ResNet50V2 is defined here, since timm's has other strides.
 """
 
 import os
@@ -53,6 +53,8 @@ def torch_network(network: str) -> Any:
     """Returns the torch module with three logits, from timm if it has the same layers."""
     import torch
 
+    if network == "resnet50v2":
+        return torch_resnet50v2()
     if network in TIMM:
         from tests.parity import cpu_torchvision  # noqa: F401, I001 (before timm, which imports torchvision)
         import timm
@@ -66,6 +68,36 @@ def torch_network(network: str) -> Any:
         stack += [torch.nn.Conv2d(into, width, kernel), norm, torch.nn.ReLU(inplace=True), torch.nn.MaxPool2d(3, 2)]
     ends = [torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(widths[-1], CLASSES)]
     return torch.nn.Sequential(*(stack if last_pool else stack[:-1]), *ends)
+
+
+def torch_resnet50v2() -> Any:
+    """Returns Keras's ResNet50V2, where the last block of a stage has its stride, with three logits."""
+    from torch import nn
+
+    def norm(width: int) -> Any:
+        return nn.Sequential(nn.BatchNorm2d(width, eps=1.001e-5, momentum=0.01), nn.ReLU(inplace=True))
+
+    class Block(nn.Module):
+        def __init__(self, inputs: int, width: int, stride: int) -> None:
+            super().__init__()
+            self.norm = norm(inputs)
+            self.shortcut = nn.Conv2d(inputs, 4 * width, 1) if inputs != 4 * width else None
+            self.pool = nn.MaxPool2d(1, stride) if stride > 1 else nn.Identity()
+            self.body = nn.Sequential(
+                nn.Conv2d(inputs, width, 1, bias=False), norm(width),
+                nn.Conv2d(width, width, 3, stride, padding=1, bias=False), norm(width), nn.Conv2d(width, 4 * width, 1),
+            )  # fmt: skip
+
+        def forward(self, x: Any) -> Any:
+            active = self.norm(x)
+            return (self.shortcut(active) if self.shortcut else self.pool(x)) + self.body(active)
+
+    layers, inputs = [nn.Conv2d(3, 64, 7, 2, padding=3), nn.MaxPool2d(3, 2, padding=1)], 64
+    for width, blocks, stride in ((64, 3, 2), (128, 4, 2), (256, 6, 2), (512, 3, 1)):
+        for number in range(blocks):
+            layers.append(Block(inputs, width, stride if number == blocks - 1 else 1))
+            inputs = 4 * width
+    return nn.Sequential(*layers, norm(inputs), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES))
 
 
 def normalized(network: str) -> tuple[np.ndarray, np.ndarray]:
@@ -176,6 +208,10 @@ def torch(network: str) -> Framework:
 def contender(name: str, network: str) -> tuple[dict[str, Any], Callable[[], dict[str, float]]]:
     """Compiles and warms up a training step; returns facts about it, and a function that times one turn."""
     advance, facts = {"ours": ours, "keras": keras, "torch": torch}[name](network)
+    if name == "ours":
+        from lungjax.runtime import environment
+
+        environment.trim_memory()  # as `lungjax.training.train` does
 
     def run(steps: int) -> None:
         for _ in range(steps):
