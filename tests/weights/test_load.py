@@ -163,7 +163,7 @@ def test_weights_of_a_web_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LUNGJAX_WEIGHTS", str(tmp_path))
     record = catalogue.find("resnet50.radimagenet")
     for find in (download.locate, download.download):
-        with pytest.raises(ValueError, match=r"in a browser from https://drive\.google.* as RadImageNet-ResNet50"):
+        with pytest.raises(ValueError, match=r"browser; place the file from https://drive.* as RadImageNet-ResNet50"):
             find(record)
     (tmp_path / "mirror").mkdir()
     (tmp_path / "mirror" / record.filename).write_bytes(b"weights")
