@@ -1,7 +1,9 @@
 """COVID-19 detection on chest X-rays: the study's CNN (422,177 parameters), frozen networks and two DeepCovid networks.
 
     python -m lungjax.main --experiment=covid_xray:model=xray_cnn
+    python -m lungjax.main --experiment=covid_xray:model=efficientnet_lite0     # not in the study: all layers, ImageNet
     python -m lungjax.main --experiment=covid_xray:model=densenet201,protocol=study
+    python -m lungjax.tables --table=covid_xray --workdir=runs/tables --run --seeds=5
     python -m lungjax.prepare --dataset=covid_xray_5k/oversampled --source=CLONE  # of the study's repository
     python -m lungjax.main --experiment=covid_xray:protocol=study --set=train.seed=0 --workdir=runs/xray/seed0  # to 4
     python -m lungjax.tables --pool --workdir=runs/xray
@@ -18,6 +20,7 @@ and the heads of the other networks in tens of minutes (step times: tests/benchm
 | splits | test is also val, generated images in train | val cut from train by patient, no copies, none generated |
 | few COVID images | 121 generated images (covid_xray_5k/oversampled), or those of DeepCovid | class weights |
 | xray_cnn | 100 times 3 batches, last weights, nearest-neighbor resizing | up to 30 epochs, best AUC on val, bilinear |
+| xray_cnn:dropout=true | two dropout layers (.25), as in the study's README but not in its last run | the same |
 | frozen networks | input 0..1 | input range of their weights |
 | DeepCovid | best accuracy on val, which is test | best AUC on val |
 | computation on GPU, TPU | float32 | bfloat16 |

@@ -58,7 +58,11 @@ def intervals(predictions: Predictions, draws: int = 2000, unit: str = "slice") 
 
 
 def over_runs(
-    runs: Sequence[Predictions], names: Sequence[str] | None = None, draws: int = 2000, unit: str = "slice", size: int = 0
+    runs: Sequence[Predictions],
+    names: Sequence[str] | None = None,
+    draws: int = 2000,
+    unit: str = "slice",
+    size: int = 0,
 ) -> dict[str, tuple[float | None, float | None, float | None]]:
     """Returns (mean over the runs, low, high) of each named metric, with None for undefined values.
 
@@ -183,8 +187,8 @@ def _evaluate(
 ) -> tuple[list[dict[str, float | None]], list[dict[str, np.ndarray]], dict[str, int]]:
     """Returns the metrics of each run, their draws, {metric: [draws]}, and the patients behind each proportion.
 
-    Draws are NaN for undefined values and for metrics without an interval. Runs are aligned with the first. With `size`,
-    a draw has that many examples, without replacement. Raises ValueError if there are fewer.
+    Draws are NaN for undefined values and for metrics without an interval. Runs are aligned with the first. With
+    `size`, a draw has that many examples, without replacement. Raises ValueError if there are fewer.
     """
     levels = [runs[0], *(align(runs[0], run) for run in runs[1:])]
     levels = [metrics.by_patient(p)[0] for p in levels] if unit == "patient" else levels

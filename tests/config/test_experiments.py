@@ -127,7 +127,8 @@ def grid():
     yield from choices("ct_cov19", model=efficientnets, weights=("imagenet", "none"), **options)
     yield from choices("ictcf", model=(*ICTCF, *(f"efficientnetv2_{size}" for size in ("b3", "s", "m", "l"))), **BOTH)
     yield from choices("covid_xray", model=XRAY, **BOTH)
-    yield from ("covid_xray:dropout=true", "covid_xray:dropout=true,protocol=study", "covid_xray:model=efficientnet_lite0")
+    yield from choices("covid_xray", dropout=("true",), **BOTH)
+    yield "covid_xray:model=efficientnet_lite0"
     yield from choices("covidx_ct", model=TORCH, unfreeze=range(5), version=VERSIONS, protocol=("clean",))
     yield from choices("covidx_ct", model=TORCH, unfreeze=range(5), version=("2a", "3a"), protocol=("study",))
     networks = {"model": ("resnet50", "convnext_tiny"), "weights": ("none", "imagenet", "run:runs/a", "run:runs/A")}

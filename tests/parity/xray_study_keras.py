@@ -53,7 +53,7 @@ class Network(keras.Model):
 
 
 def make_train_folder(source: Path, folder: Path) -> None:
-    """Links the train images into `folder` and adds the generated ones, as many as train/covid has, of its last file."""
+    """Links the train images into `folder` and adds those generated from the last file, one per file in train/covid."""
     if folder.exists():
         return
     partial = folder.with_name(f"{folder.name}.partial")
