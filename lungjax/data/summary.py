@@ -137,7 +137,7 @@ def _warnings(result: dict[str, Any]) -> Iterator[str]:
     if result["skipped"]:
         yield f"skipped images: {len(result['skipped'])}"
     given = result["protocols"]["clean"]
-    for split in SPLITS if set(given) != {"test"} else ("test",):
+    for split in SPLITS if "train" in given else given:
         counts = given.get(split, {"images": {}})["images"]
         if empty := [c for c in result["classes"] if not counts.get(c)]:
             yield f"the {split} split has no images labeled {', '.join(empty)}"
