@@ -21,7 +21,8 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
     flags.DEFINE_string("weights_dir", None, "Folder of downloaded weight files, searched first.")
     flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
-    flags.DEFINE_integer("folds", None, "Number of cross-validation folds: one run per fold, and a combined report.")
+    folds = "Cross-validation, one run per fold and a combined report: a number of folds, or source to leave out each."
+    flags.DEFINE_string("folds", None, folds)
     flags.DEFINE_string("dataset", None, "Another prepared data set to test on, with --mode=evaluate.")
     flags.DEFINE_string("label_map", "", "Classes of --dataset, as THEIRS=OURS+OURS,THEIRS=-; - ignores a class.")
     flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "Split of --dataset to test on.")
@@ -51,7 +52,9 @@ def main(_: list[str]) -> None:
         config = overrides.override(config, assignment)
     configs.check(config)
     profile = read_steps(FLAGS.profile) if FLAGS.profile else None
-    default = Path("runs") / (config.name + (f"_folds{FLAGS.folds}" if FLAGS.folds is not None else ""))
+    folds = None if FLAGS.folds is None else read_folds(FLAGS.folds)
+    suffixes: dict[int | str | None, str] = {None: "", "source": "_sources"}
+    default = Path("runs") / (config.name + suffixes.get(folds, f"_folds{folds}"))
     if FLAGS.mode == "evaluate" and experiment.endswith("config.json"):
         default = Path(experiment).parent
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else default
@@ -77,8 +80,8 @@ def main(_: list[str]) -> None:
             drop = FLAGS.overlap == "drop"
             options = (FLAGS.dataset, FLAGS.label_map, FLAGS.split, drop)
             report = external_test.evaluate(config, workdir, data_dir, *options)
-        elif FLAGS.folds is not None:
-            report = cross_validation.run(config, FLAGS.folds, workdir, data_dir, FLAGS.mode, weights_dir)
+        elif folds is not None:
+            report = cross_validation.run(config, folds, workdir, data_dir, FLAGS.mode, weights_dir)
         else:
             report = train.run(config, workdir, data_dir, FLAGS.mode, weights_dir, profile)
     if distributed.is_first_host():
@@ -86,6 +89,13 @@ def main(_: list[str]) -> None:
         for where, scores in context.headline(json.loads(report.with_suffix(".json").read_text("utf-8"))).items():
             print(f"  {where}: " + "; ".join(f"{name} {score}" for name, score in scores.items()))
         print(f"Report: {report.with_suffix('.html')}")
+
+
+def read_folds(text: str) -> int | str:
+    """Returns the number of folds, or "source". Raises UsageError for anything else."""
+    if text != "source" and not text.isdecimal():
+        raise app.UsageError(f"--folds={text}: expected a number such as 5, or source to leave out each source once")
+    return text if text == "source" else int(text)
 
 
 def read_steps(text: str) -> tuple[int, int]:

@@ -72,6 +72,8 @@ class DataConfig:
     # Cross-validation: images are split by patient into `folds` parts; part `fold` is test, the next one val.
     folds: int = 0  # 0 uses the splits of the data set
     fold: int = 0  # 0 to folds - 1
+    # Leave one source out: the images of this source are the test split, and val is drawn by patient from the others.
+    test_source: str = ""  # "" is off
     workers: int = 0  # reading processes; 0 reads in threads of this process
     threads: int = 0  # decoding threads per process; 0 is the number of cores plus one
     prefetch: int = 2  # batches read ahead

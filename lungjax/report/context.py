@@ -146,7 +146,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
         note += f" {bootstrap.MIN_PATIENTS} patients with and without the class; the calibration error has no interval."
     tables = [Table(["", *columns], rows, note=note)]
     if "folds" in report["facts"]:
-        tables.append(_folds(report["facts"]["folds"], unit))
+        tables += _folds(report["facts"]["folds"], classes, unit)
     for noun, level in distinct_levels(test, unit).items():
         rows = [[name, *counts] for name, counts in zip(classes, level["confusion"], strict=True)]
         confusion = Table(["true / predicted", *classes], rows, f"Confusion, per {noun} (test)")
@@ -163,13 +163,37 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     return tables
 
 
-def _folds(folds: Mapping[str, Any], unit: str) -> Table:
+def _folds(folds: Mapping[str, Any], classes: Sequence[str], unit: str) -> list[Table]:
+    """Returns the spread over the folds and, if each left out one source, the scores by source and the drop."""
     rows = []
     for name, spread in folds["over"].items():
         level, _, metric = name.partition(".")
         values = (spread["mean"], spread["low"], spread["high"], *spread["values"])
         rows.append([f"{METRICS[metric]}, per {unit if level == 'slice' else level}", *map(Number, values)])
-    return Table(["", "mean", "min", "max", *(f"fold {i}" for i in range(folds["count"]))], rows, "Over the folds")
+    names = folds.get("sources") or [f"fold {i}" for i in range(folds["count"])]
+    tables = [Table(["", "mean", "min", "max", *names], rows, "Over the folds")]
+    if "sources" not in folds:
+        return tables
+    tables.append(_sources(folds["patients"], classes, "patient"))
+    note = (
+        "Both networks were tested on the same images: those from the source in the test split of the data set. The "
+        "network of the ordinary split was trained on other patients from this source, the other one on none. The drop "
+        "is the difference, with the interval of a paired bootstrap over patients. AUC needs images of several classes."
+    )
+    for level, noun in (("slice", unit), ("patient", "patient")):
+        rows = []
+        for name, drop in folds["drop"].items():
+            cells: list[Any] = []
+            for metric in ("auc_macro", "balanced_accuracy"):
+                d = drop[f"{level}.{metric}"]
+                ends = () if d["low"] == d["high"] else (d["low"], d["high"])  # draws without variation
+                cells += [Number(d["b"]), Number(d["a"]), Number(d["difference"], *ends)]
+            rows.append([name, drop["n"], *cells])
+        head = ["source", "images"]
+        for metric in ("AUC", "balanced accuracy"):
+            head += [f"{metric}, ordinary split", f"{metric}, left out", "drop"]
+        tables.append(Table(head, rows, f"Drop from the ordinary split, per {noun}", note if level == "slice" else ""))
+    return tables
 
 
 def _classes(unit: str, level: Mapping[str, Any]) -> Table:

@@ -154,7 +154,8 @@ def warnings(
     patients = len(np.unique(metrics.patient_keys(p)))
     if config.eval.draws and patients < MIN_PATIENTS:
         yield f"The test images come from {count(patients, 'patient')}: too few for reliable intervals."
-    yield from _source_warnings(p, report["test"]["by_source"])
+    if "sources" not in report["facts"].get("folds", {}):  # otherwise the network has not seen the source
+        yield from _source_warnings(p, report["test"]["by_source"])
     scored = [row["step"] for row in history if f"val.{config.train.monitor}" in row]
     if config.train.keep == "best" and len(scored) > 1 and report["best"]["step"] == scored[-1]:
         length = config.train
