@@ -35,6 +35,7 @@ CHOICES = {
 AUTO = (
     "model.weights", "optim.lr", "train.batch_size", "train.epochs", "input.size", "augment", "model.momentum",
 )  # fmt: skip
+AGGREGATES = ("mean", "max", "top_k", "noisy_or")  # see lungjax/evaluation/aggregation.py
 EXPLANATIONS = ("gradcam", "gradcam_positive", "gradcam++", "integrated_gradients", "occlusion")
 
 
@@ -222,6 +223,9 @@ class EvalConfig:
     examples: int = 12  # number of correct and of wrong test images in the figure
     draws: int = 2000  # bootstrap resamples of patients for the 95 % intervals; 0 omits them
     sensitivity: float = 0.95  # of the operating point that is chosen on val
+    # From the images of a patient to the patient: one of AGGREGATES, or "auto" for the one with the highest AUC per
+    # patient on val. RULE:CLASS+CLASS applies the rule to these classes, as max:COVID.
+    aggregate: str = "mean"
     prevalence: tuple[str, ...] = ()  # CLASS:NUMBER with a prevalence in 0..1, for additional predictive values
 
     def prevalences(self) -> dict[str, float]:
@@ -254,6 +258,12 @@ class Config:
     # Fields from AUTO that the run chooses from the number of training images; `--set` of a field removes it from here.
     # --compile_for uses their values in this configuration.
     auto: tuple[str, ...] = ()
+
+
+def parse_aggregate(text: str) -> tuple[str, tuple[str, ...]]:
+    """Returns the rule and the classes of "RULE" or "RULE:CLASS+CLASS"."""
+    rule, _, names = text.partition(":")
+    return rule, tuple(filter(None, names.split("+")))
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:

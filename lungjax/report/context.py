@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lungjax.config import AugmentConfig, Config, fields_of, overrides
+from lungjax.config import AugmentConfig, Config, fields_of, overrides, schema
 from lungjax.evaluation import bootstrap, metrics
 from lungjax.report.templating import Number, Table, count, embed, rate
 
@@ -39,6 +39,10 @@ SHORT_METRICS = {
 HEADLINE = {"auc_macro": "AUC, mean over classes", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
 # Neither F1 nor precision: a single false positive for a class that the source lacks would make them zero.
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro")
+AGGREGATES = {
+    "mean": "the mean over {}", "max": "the maximum over {}", "top_k": "the mean of the highest quarter of {}",
+    "noisy_or": "1 - the product of (1 - probability) over {}",
+}  # fmt: skip
 CONTROLS = {"no_lungs": "network, lungs blacked out", "source_only": "source of the image alone, no network"}
 CAPTIONS = {
     "confusion_slice.png": "Confusion matrix per {}.",
@@ -138,13 +142,20 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
     rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
     scale = "calibrated on val" if "calibration" in report else "not calibrated"
-    note = f"Probabilities are {scale}; that of a patient is the mean over the patient's images. "
+    rule, names = schema.parse_aggregate(report["aggregate"])
+    patient = AGGREGATES.get(rule, f"aggregated ({report['aggregate']}) from {{}}").format("the patient's images")
+    of = f", for {' and '.join(names)}" if names and rule != "mean" else ""
+    note = f"Probabilities are {scale}; that of a patient is {patient}{of}. "
     note += "A dash marks an undefined number."
     if any(level["intervals"] for level in columns.values()):
         note += f" The 95 % intervals are from a percentile bootstrap over patients with {config.eval.draws:,} draws,"
         note += " or Wilson's for a proportion that does not vary. AUC and average precision need"
         note += f" {bootstrap.MIN_PATIENTS} patients with and without the class; the calibration error has no interval."
     tables = [Table(["", *columns], rows, note=note)]
+    if "aggregates" in report["facts"]:
+        rows = [[how, Number(*scores)] for how, scores in report["facts"]["aggregates"].items()]
+        note = f"The highest AUC determined the rule, {report['aggregate']}; scores on test are with this rule."
+        tables.append(Table(["eval.aggregate", "AUC, per patient"], rows, "Choice of the aggregation (val)", note))
     if "folds" in report["facts"]:
         tables += _folds(report["facts"]["folds"], classes, unit)
     for noun, level in distinct_levels(test, unit).items():

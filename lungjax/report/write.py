@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lungjax.config import Config
-from lungjax.evaluation import baselines, bootstrap, calibration, metrics, operating_points, predictions
+from lungjax.evaluation import aggregation, baselines, bootstrap, calibration, metrics, operating_points, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import context, plots
 from lungjax.report.templating import count, listed, render
@@ -69,6 +69,7 @@ def write_report(
         "classes": list(test.classes),
         "unit": (summary or {}).get("unit", "image"),
         "best": {"step": step, "monitor": config.train.monitor, "score": scores[-1] if scores else None},
+        "aggregate": ", ".join(np.unique(test.extra.get(aggregation.COLUMN, "mean")).tolist()),
         "warnings": [],
         "facts": dict(facts),
         **{split: _levels(results[split], config) for split in ("test", "val") if split in results},

@@ -14,7 +14,7 @@ from lungjax.config import Config
 from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import open_dataset
-from lungjax.evaluation import metrics, predict_split
+from lungjax.evaluation import aggregation, metrics, predict_split
 from lungjax.evaluation.predictions import Predictions
 from lungjax.models import trees
 from lungjax.runtime import mesh as meshes
@@ -54,7 +54,9 @@ class Run:
         """Returns predictions for a split of the run's data set, or of `data`. Raises Interrupted if `watch` does."""
         built, folded = self.program, self.program.network.fold(variables)
         step, mesh = built.predict_step, built.mesh
-        return predict_split.predict(step, folded, data or self.data, split, self.config, mesh, watch)
+        predicted = predict_split.predict(step, folded, data or self.data, split, self.config, mesh, watch)
+        how = self.config.eval.aggregate  # "auto" is chosen later, from predictions on val
+        return predicted if how == "mean" else aggregation.with_rule(predicted, "mean" if how[:4] == "auto" else how)
 
 
 def set_up(
@@ -69,6 +71,9 @@ def set_up(
     for name in config.eval.prevalences():
         if name not in data.classes:
             raise ValueError(f"eval.prevalence: no class {name!r}; {configs.nearest(name, data.classes)}")
+    for name in configs.schema.parse_aggregate(config.eval.aggregate)[1]:
+        if name not in data.classes:
+            raise ValueError(f"eval.aggregate: no class {name!r}; {configs.nearest(name, data.classes)}")
     if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise ValueError("train.tensorboard=True needs the extra: pip install -e '.[tensorboard]'")
     labels = data.columns["label"][pipeline.train_rows(data)]
