@@ -142,12 +142,8 @@ def _requirements(model: Metadata) -> Iterator[tuple[str, bool, str]]:
     for name, allowed in choices.items():
         yield name, getattr(model, name) in allowed, ", ".join(map(repr, allowed))
     rule, names = parse_aggregate(model.aggregate)
-    known = {part for name in classes for part in (name, *name.split("+"))}
-    yield (
-        "aggregate",
-        rule in AGGREGATES and known >= {*names},
-        f"{', '.join(AGGREGATES)}, or one and classes, as max:A",
-    )
+    choice = f"one of {', '.join(AGGREGATES)}, alone or with classes, as max:A"
+    yield "aggregate", rule in AGGREGATES and {*names} <= {*classes}, choice
     yield "input.channels", spec.channels in (1, 3), "1 or 3"
     yield "temperature", _are_numbers((model.temperature,), 1) and model.temperature > 0, "a number above zero"
     for name in ("points", "scores", "counts", "patients", "about"):

@@ -185,9 +185,9 @@ def flat_levels(predictions: Predictions) -> dict[str, float | None]:
 def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
     """Returns one prediction per group, and the number of groups excluded because of mixed labels.
 
-    Probabilities are those of `aggregation`, by the rule in the column "aggregate" of the group's first example. Ids and groups are the group's name, or the id of an
-    example without a group; the source is "several" if it differs. Rows are sorted by name, without extra columns.
-    Raises ValueError for invalid probabilities.
+    Probabilities are those of `aggregation`, by the rule in the column "aggregate" of the group's first example, or
+    means. Ids and groups are the group's name, or the id of an example without a group; the source is "several" if it
+    differs. Rows are sorted by name, without extra columns. Raises ValueError for invalid probabilities.
     """
     p = predictions
     check_probabilities(p)
