@@ -116,7 +116,7 @@ def choose_aggregate(val: Predictions, options: EvalConfig) -> tuple[str, dict[s
     """
     scores: dict[str, list[float | None]] = {}
     for rule in schema.AGGREGATES:
-        how = options.aggregate.replace("auto", rule, 1)
+        how = rule if rule == "mean" else options.aggregate.replace("auto", rule, 1)
         scores[how] = [
             *bootstrap.over_runs([aggregation.with_rule(val, how)], ["auc_macro"], options.draws, "patient")[
                 "auc_macro"

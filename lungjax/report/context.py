@@ -42,6 +42,7 @@ COMPARED = ("accuracy", "balanced_accuracy", "auc_macro")
 AGGREGATES = {
     "mean": "the mean over {}", "max": "the maximum over {}", "top_k": "the mean of the highest quarter of {}",
     "noisy_or": "1 - the product of (1 - probability) over {}",
+    "per fold": "aggregated from {} by the rule of its fold",
 }  # fmt: skip
 CONTROLS = {"no_lungs": "network, lungs blacked out", "source_only": "source of the image alone, no network"}
 CAPTIONS = {
@@ -143,7 +144,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
     scale = "calibrated on val" if "calibration" in report else "not calibrated"
     rule, names = schema.parse_aggregate(report["aggregate"])
-    patient = AGGREGATES.get(rule, f"aggregated ({report['aggregate']}) from {{}}").format("the patient's images")
+    patient = AGGREGATES[rule].format("the patient's images")
     of = f", for {' and '.join(names)}" if names and rule != "mean" else ""
     note = f"Probabilities are {scale}; that of a patient is {patient}{of}. "
     note += "A dash marks an undefined number."
@@ -157,7 +158,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
         note = f"The highest AUC determined the rule, {report['aggregate']}; scores on test are with this rule."
         tables.append(Table(["eval.aggregate", "AUC, per patient"], rows, "Choice of the aggregation (val)", note))
     if "folds" in report["facts"]:
-        tables += _folds(report["facts"]["folds"], classes, unit)
+        tables += _folds(report["facts"]["folds"], classes, list(distinct_levels(test, unit)))
     for noun, level in distinct_levels(test, unit).items():
         rows = [[name, *counts] for name, counts in zip(classes, level["confusion"], strict=True)]
         confusion = Table(["true / predicted", *classes], rows, f"Confusion, per {noun} (test)")
@@ -174,24 +175,28 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     return tables
 
 
-def _folds(folds: Mapping[str, Any], classes: Sequence[str], unit: str) -> list[Table]:
-    """Returns the spread over the folds and, if each left out one source, the scores by source and the drop."""
+def _folds(folds: Mapping[str, Any], classes: Sequence[str], units: Sequence[str]) -> list[Table]:
+    """Returns the spread over the folds and, if each left out one source, the scores by source and the drop.
+
+    `units` are the keys of `distinct_levels`.
+    """
     rows = []
     for name, spread in folds["over"].items():
         level, _, metric = name.partition(".")
         values = (spread["mean"], spread["low"], spread["high"], *spread["values"])
-        rows.append([f"{METRICS[metric]}, per {unit if level == 'slice' else level}", *map(Number, values)])
+        rows.append([f"{METRICS[metric]}, per {units[0] if level == 'slice' else level}", *map(Number, values)])
     names = folds.get("sources") or [f"fold {i}" for i in range(folds["count"])]
-    tables = [Table(["", "mean", "min", "max", *names], rows, "Over the folds")]
+    title = "Over the sources, each left out of training once" if "sources" in folds else "Over the folds"
+    tables = [Table(["", "mean", "min", "max", *names], rows, title)]
     if "sources" not in folds:
         return tables
-    tables.append(_sources(folds["patients"], classes, "patient"))
+    tables += [_sources(folds["patients"], classes, "patient")] if len(units) > 1 else []
     note = (
         "Both networks were tested on the same images: those from the source in the test split of the data set. The "
         "network of the ordinary split was trained on other patients from this source, the other one on none. The drop "
         "is the difference, with the interval of a paired bootstrap over patients. AUC needs images of several classes."
     )
-    for level, noun in (("slice", unit), ("patient", "patient")):
+    for level, noun in zip(bootstrap.UNITS, units, strict=False):
         rows = []
         for name, drop in folds["drop"].items():
             cells: list[Any] = []

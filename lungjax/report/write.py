@@ -61,6 +61,7 @@ def write_report(
         raise ValueError("no test predictions: the report needs a test split with images")
     test = results["test"]
     wrong = plots.choose_examples(test, config.eval.examples)[1]
+    rules = np.unique(test.extra.get(aggregation.COLUMN, "mean"))
     key, step = f"val.{config.train.monitor}", facts.get("best_step")
     scores = [row[key] for row in history if row["step"] == step and key in row]
     report = {
@@ -69,7 +70,7 @@ def write_report(
         "classes": list(test.classes),
         "unit": (summary or {}).get("unit", "image"),
         "best": {"step": step, "monitor": config.train.monitor, "score": scores[-1] if scores else None},
-        "aggregate": ", ".join(np.unique(test.extra.get(aggregation.COLUMN, "mean")).tolist()),
+        "aggregate": rules.item() if rules.size == 1 else "per fold",
         "warnings": [],
         "facts": dict(facts),
         **{split: _levels(results[split], config) for split in ("test", "val") if split in results},

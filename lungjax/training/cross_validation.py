@@ -122,7 +122,7 @@ def write(
     expected = data.columns["file"][data.columns["split"] != ""]
     if not np.array_equal(results["test"].ids, expected):
         raise ValueError(f"{workdir}: the folds do not match the images of {data.name}; {RESTART}")
-    for name in POOLED[1:2] if ordinary else POOLED[1:]:  # the source of a test image is new to the network
+    for name in POOLED[1:]:
         paths = [folder / f"predictions_{name}.csv" for folder in folders]
         if all(path.exists() for path in paths):
             results[name] = pool([predictions.read(path) for path in paths], data)
