@@ -52,9 +52,7 @@ def main(_: list[str]) -> None:
         config = overrides.override(config, assignment)
     configs.check(config)
     profile = read_steps(FLAGS.profile) if FLAGS.profile else None
-    folds = None if FLAGS.folds is None else read_folds(FLAGS.folds)
-    suffixes: dict[int | str | None, str] = {None: "", "source": "_sources"}
-    default = Path("runs") / (config.name + suffixes.get(folds, f"_folds{folds}"))
+    default = Path("runs") / (config.name + (f"_{FLAGS.folds}_folds" if FLAGS.folds is not None else ""))
     if FLAGS.mode == "evaluate" and experiment.endswith("config.json"):
         default = Path(experiment).parent
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else default
@@ -80,8 +78,9 @@ def main(_: list[str]) -> None:
             drop = FLAGS.overlap == "drop"
             options = (FLAGS.dataset, FLAGS.label_map, FLAGS.split, drop)
             report = external_test.evaluate(config, workdir, data_dir, *options)
-        elif folds is not None:
-            report = cross_validation.run(config, folds, workdir, data_dir, FLAGS.mode, weights_dir)
+        elif FLAGS.folds is not None:
+            kind = FLAGS.folds if FLAGS.folds == "source" else int(FLAGS.folds)
+            report = cross_validation.run(config, kind, workdir, data_dir, FLAGS.mode, weights_dir)
         else:
             report = train.run(config, workdir, data_dir, FLAGS.mode, weights_dir, profile)
     if distributed.is_first_host():
@@ -89,13 +88,6 @@ def main(_: list[str]) -> None:
         for where, scores in context.headline(json.loads(report.with_suffix(".json").read_text("utf-8"))).items():
             print(f"  {where}: " + "; ".join(f"{name} {score}" for name, score in scores.items()))
         print(f"Report: {report.with_suffix('.html')}")
-
-
-def read_folds(text: str) -> int | str:
-    """Returns the number of folds, or "source". Raises UsageError for anything else."""
-    if text != "source" and not text.isdecimal():
-        raise app.UsageError(f"--folds={text}: expected a number such as 5, or source to leave out each source once")
-    return text if text == "source" else int(text)
 
 
 def read_steps(text: str) -> tuple[int, int]:
@@ -114,6 +106,10 @@ def check_flags() -> None:
         raise ValueError(f"--workdir={FLAGS.workdir}: no config.json, so there is no run to test")
     if FLAGS.profile and (FLAGS.mode != "train" or FLAGS.folds is not None):
         raise app.UsageError("--profile traces the training of one run: it needs --mode=train, without --folds")
+    if FLAGS.folds is not None and FLAGS.folds != "source" and not FLAGS.folds.isdecimal():
+        raise app.UsageError(
+            f"--folds={FLAGS.folds}: expected a number such as 5, or source to leave out each source once"
+        )
     for name in ("label_map", "split", "overlap"):
         if FLAGS[name].present and not FLAGS.dataset:
             raise app.UsageError(f"--{name} applies to another data set: it needs --dataset=OTHER and --mode=evaluate")

@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lungjax.config.schema import AGGREGATES, STAGES, InputSpec, parse_aggregate, parse_json
+from lungjax.config.schema import AGGREGATES, STAGES, InputSpec, parse_json
 
 FILE = "model.json"
 FORMAT = 1  # the key `format`; incremented if a key is removed or changes meaning
@@ -141,9 +141,9 @@ def _requirements(model: Metadata) -> Iterator[tuple[str, bool, str]]:
     }  # fmt: skip
     for name, allowed in choices.items():
         yield name, getattr(model, name) in allowed, ", ".join(map(repr, allowed))
-    rule, names = parse_aggregate(model.aggregate)
-    choice = f"one of {', '.join(AGGREGATES)}, alone or with classes, as max:A"
-    yield "aggregate", rule in AGGREGATES and {*names} <= {*classes}, choice
+    rule, _, names = model.aggregate.partition(":")
+    valid = rule in AGGREGATES and {*names.split("+")} <= {"", *classes}
+    yield "aggregate", valid, f"one of {', '.join(AGGREGATES)}, alone or with classes, as max:A"
     yield "input.channels", spec.channels in (1, 3), "1 or 3"
     yield "temperature", _are_numbers((model.temperature,), 1) and model.temperature > 0, "a number above zero"
     for name in ("points", "scores", "counts", "patients", "about"):

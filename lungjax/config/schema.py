@@ -261,8 +261,12 @@ class Config:
 
 
 def parse_aggregate(text: str) -> tuple[str, tuple[str, ...]]:
-    """Returns the rule and the classes of "RULE" or "RULE:CLASS+CLASS"."""
+    """Returns the rule and the classes of "RULE" or "RULE:CLASS+CLASS". Raises ValueError for an unknown rule."""
     rule, _, names = text.partition(":")
+    if rule not in (rules := (*AGGREGATES, "auto")):
+        raise ValueError(
+            f"eval.aggregate={text}: expected {', '.join(rules)}, or one of them for classes, as max:COVID"
+        )
     return rule, tuple(filter(None, names.split("+")))
 
 

@@ -44,15 +44,6 @@ def _check_augment(config: Config) -> None:
         raise ValueError(f"input.box_margin={margin} needs input.crop=box or center")
 
 
-def _check_aggregate(text: str) -> None:
-    """Raises ValueError for an unknown rule."""
-    rules = (*schema.AGGREGATES, "auto")
-    if schema.parse_aggregate(text)[0] not in rules:
-        raise ValueError(
-            f"eval.aggregate={text}: expected {', '.join(rules)}, or one of them for classes, as max:COVID"
-        )
-
-
 def _check_splits(config: Config) -> None:
     """Raises ValueError for invalid folds or train.fraction."""
     data, fraction = config.data, config.train.fraction
@@ -104,7 +95,7 @@ def check(config: Config) -> None:
         raise ValueError(f"train.batch_size={train.batch_size}: not a multiple of train.accumulate={train.accumulate}")
     if head.output == "sigmoid" and not head.positive_class:
         raise ValueError("model.head.output=sigmoid: name the class in model.head.positive_class")
-    _check_aggregate(config.eval.aggregate)
+    schema.parse_aggregate(config.eval.aggregate)
     config.eval.prevalences()
     _check_augment(config)
     _check_splits(config)

@@ -10,18 +10,11 @@ other classes get the remainder in proportion to their means; if the given class
 by the sum. Without classes, a rule applies to all classes.
 """
 
-from dataclasses import replace
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from lungjax.config import schema
 
-if TYPE_CHECKING:
-    from lungjax.evaluation.predictions import Predictions
-
 TOP_FRACTION = 0.25
-COLUMN = "aggregate"  # additional column of predictions with the rule; without it, the mean
 
 
 def aggregate(
@@ -58,8 +51,3 @@ def aggregate(
     sums = chosen.sum(axis=1, keepdims=True)  # at least 1 if the others have none, since no score is below the mean
     remainder = np.maximum(1 - sums, 0) / np.maximum(others.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)
     return chosen / np.maximum(sums, 1) + others * remainder
-
-
-def with_rule(predictions: "Predictions", how: str) -> "Predictions":
-    """Returns the predictions with the rule `how` for their patients."""
-    return replace(predictions, extra=predictions.extra | {COLUMN: np.full(len(predictions), how)})

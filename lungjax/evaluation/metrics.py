@@ -197,7 +197,7 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
     def varies(values: np.ndarray) -> np.ndarray:
         return np.bincount(member, weights=values != values[first][member], minlength=n) > 0
 
-    rules = p.extra.get(aggregation.COLUMN, np.full(len(p), "mean"))[first]
+    rules = p.extra.get("aggregate", np.full(len(p), "mean"))[first]
     probabilities = np.empty((n, len(p.classes)))
     for rule in np.unique(rules):  # the folds of a cross-validation may have several
         which = np.flatnonzero(rules == rule)

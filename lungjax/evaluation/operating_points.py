@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from lungjax.config import EvalConfig, schema
-from lungjax.evaluation import aggregation, bootstrap, metrics
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation import bootstrap, metrics
+from lungjax.evaluation.predictions import Predictions, with_rule
 
 COUNTS = ("tp", "fp", "fn", "tn")
 Points = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]  # LEVEL.CLASS.RULE, each with a threshold
@@ -118,9 +118,7 @@ def choose_aggregate(val: Predictions, options: EvalConfig) -> tuple[str, dict[s
     for rule in schema.AGGREGATES:
         how = rule if rule == "mean" else options.aggregate.replace("auto", rule, 1)
         scores[how] = [
-            *bootstrap.over_runs([aggregation.with_rule(val, how)], ["auc_macro"], options.draws, "patient")[
-                "auc_macro"
-            ]
+            *bootstrap.over_runs([with_rule(val, how)], ["auc_macro"], options.draws, "patient")["auc_macro"]
         ]
     return max(scores, key=lambda how: scores[how][0] or 0), scores
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lungjax.config import Config
-from lungjax.evaluation import aggregation, baselines, bootstrap, calibration, metrics, operating_points, predictions
+from lungjax.evaluation import baselines, bootstrap, calibration, metrics, operating_points, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import context, plots
 from lungjax.report.templating import count, listed, render
@@ -61,7 +61,7 @@ def write_report(
         raise ValueError("no test predictions: the report needs a test split with images")
     test = results["test"]
     wrong = plots.choose_examples(test, config.eval.examples)[1]
-    rules = np.unique(test.extra.get(aggregation.COLUMN, "mean"))
+    rules = np.unique(test.extra.get("aggregate", "mean"))
     key, step = f"val.{config.train.monitor}", facts.get("best_step")
     scores = [row[key] for row in history if row["step"] == step and key in row]
     report = {

@@ -21,7 +21,7 @@ from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
 from lungjax.report.templating import listed
 from lungjax.runtime import distributed, provenance
-from lungjax.training import auto, progress, setup, train
+from lungjax.training import auto, progress, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
@@ -30,35 +30,28 @@ PREFIXES = ("predictions_", "report.", "plots")  # of the files next to the fold
 SHARED_FACTS = ("parameters", "compute_type", "steps")  # reported if equal in all folds
 SPREAD_METRICS = ("accuracy", "balanced_accuracy", "auc_macro", "f1_macro")  # per slice and per patient
 DROP_METRICS = ("auc_macro", "balanced_accuracy")  # compared with the ordinary split
-BY_SOURCE = "source"  # instead of a number of folds: each source is the test split once
 ORDINARY = "ordinary"  # folder of the run with the splits of the data set, next to those that leave one source out
-FEW = 20  # train images of a class, below which a fold without a source gets a note
 RESTART = "delete the cross-validation folder to start over"
 
 
 def run(
-    config: Config,
-    count: int | str,
-    workdir: Path,
-    data_dir: Path,
-    mode: str = "train",
-    weights_dir: Path | None = None,
+    config: Config, kind: int | str, workdir: Path, data_dir: Path, mode: str = "train", weights_dir: Path | None = None
 ) -> Path:
     """Trains and tests one run per fold in WORKDIR/fold0, fold1, ... and writes WORKDIR/report.md on all folds.
 
-    If `count` is BY_SOURCE, fold i leaves out the i-th source in alphabetical order (`folds.leave_out`), and
-    WORKDIR/ordinary, with the splits of the data set, is trained first for comparison. Finished runs are skipped,
-    unfinished ones resumed. WORKDIR receives the pooled predictions (with the column `extra_fold`), plots and reports.
+    `kind` is the number of folds, or "source": fold i then leaves out the i-th source in alphabetical order
+    (`folds.leave_out`), and WORKDIR/ordinary, with the splits of the data set, is trained first for comparison.
+    Finished runs are skipped, unfinished ones resumed. WORKDIR receives the pooled predictions (with the column `extra_fold`), plots and reports.
     The other arguments are those of `train.run`. Raises ValueError if the data does not allow these folds or WORKDIR
     contains other files, and as `train.run` does.
     """
     started = time.time()
-    if isinstance(count, int) and count < folds.MIN_FOLDS:
-        raise ValueError(f"--folds={count}: expected {folds.MIN_FOLDS} or more, one each for test, val and train")
     base = config.data
     data = distributed.run_on_all_hosts(lambda: datasets.open_dataset(base.dataset, str(data_dir), base.protocol))
-    if isinstance(count, int):
-        parts = {f"fold{i}": replace(base, folds=count, fold=i) for i in range(count)}
+    if isinstance(kind, int):
+        if kind < folds.MIN_FOLDS:
+            raise ValueError(f"--folds={kind}: expected {folds.MIN_FOLDS} or more, one each for test, val and train")
+        parts = {f"fold{i}": replace(base, folds=kind, fold=i) for i in range(kind)}
     else:
         sources = distributed.run_on_all_hosts(lambda: folds.source_names(data))
         parts = {ORDINARY: replace(base, test_source="")}
@@ -66,7 +59,9 @@ def run(
     distributed.run_on_all_hosts(lambda: _check_folder(workdir, parts))
     for part in parts.values():
         configs.check(replace(config, data=part))
-    views = distributed.run_on_all_hosts(lambda: [_check_splits(replace(config, data=p), data) for p in parts.values()])
+    views = distributed.run_on_all_hosts(
+        lambda: [folds.apply(data, replace(config, data=part)) for part in parts.values()]
+    )
     folders = [workdir / name for name in parts]
     # The first run determines the values of all.
     first = replace(config, data=next(iter(parts.values())))
@@ -80,18 +75,6 @@ def run(
         train.run(run_config, folder, data_dir, mode, weights_dir)
     distributed.on_first_host(lambda: write(config, workdir, folders, data, data_dir, started))
     return workdir / "report.md"
-
-
-def _check_splits(config: Config, data: Prepared) -> Prepared:
-    """Returns the data with the splits of a fold. Raises ValueError for splits that can't be trained or validated."""
-    try:
-        view = folds.apply(data, config)
-        setup.check_monitor(config, view)
-    except ValueError as error:
-        if not config.data.test_source or "test_source" in str(error):
-            raise
-        raise ValueError(f"data.test_source={config.data.test_source}: {error}") from None
-    return view
 
 
 def is_finished(folder: Path, config: Config, data: Prepared) -> bool:
@@ -132,7 +115,10 @@ def write(
     if ordinary:
         before = predictions.read(ordinary / "predictions_test.csv")
         facts["folds"] |= by_source(fold_predictions, before, config.eval.draws)
-        facts["notes"] += _few_notes(folders, facts["folds"]["sources"])
+        for folder, source in zip(folders, facts["folds"]["sources"], strict=True):
+            counts = json.loads((folder / "report.json").read_text("utf-8"))["facts"]["counts"]["train"]
+            if few := [f"{name} ({n})" for name, n in counts.items() if n < reporting.MIN_EXAMPLES]:
+                facts["notes"].append(f"Without {source}, the train split has few images of {listed(few)}.")
     reporting.write_report(
         workdir, config, results, [], facts, lambda i: reader(rows[i]), **datasets.describe(data, data_dir),
         temperature=None,
@@ -196,16 +182,6 @@ def by_source(left_out: Sequence[Predictions], ordinary: Predictions, draws: int
                 for metric, each in bootstrap.paired_difference(after, before, DROP_METRICS, draws, unit).items()
             }
     return {"sources": names, "patients": patients, "drop": drop}
-
-
-def _few_notes(folders: Sequence[Path], sources: Sequence[str]) -> list[str]:
-    """Returns a sentence per source without which train has few images of a class."""
-    notes = []
-    for folder, source in zip(folders, sources, strict=True):
-        counts = json.loads((folder / "report.json").read_text("utf-8"))["facts"]["counts"]["train"]
-        few = [f"{name} ({n})" for name, n in counts.items() if n < FEW]
-        notes += [f"Without {source}, the train split has few images of {listed(few)}."] if few else []
-    return notes
 
 
 def _facts(folders: Sequence[Path], fold_predictions: Sequence[Predictions], data: Prepared) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lungjax.config import Config, metadata, nearest, overrides
 from lungjax.data import pipeline
 from lungjax.data.prepared import SPLITS, Prepared
 from lungjax.datasets import overlap
-from lungjax.evaluation import aggregation, baselines, predictions
+from lungjax.evaluation import baselines, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
 from lungjax.runtime import distributed
@@ -89,7 +89,7 @@ def evaluate(
                 predicted = run.predict(variables, "test", unlabeled)
                 results[name] = map_predictions(predicted, mapping, labels[images.rows("test")], temperature)
                 if model and model.aggregate != "mean":
-                    results[name] = aggregation.with_rule(results[name], model.aggregate)
+                    results[name] = predictions.with_rule(results[name], model.aggregate)
     if model:
         own_val = predictions.read(workdir / "predictions_val.csv")
         results["val"] = map_val(own_val, mapping, run.data.name, temperature)

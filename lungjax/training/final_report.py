@@ -10,8 +10,8 @@ import numpy as np
 from lungjax import datasets
 from lungjax.config import metadata
 from lungjax.data import pipeline, summary
-from lungjax.evaluation import aggregation, baselines, calibration, operating_points
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation import baselines, calibration, operating_points
+from lungjax.evaluation.predictions import Predictions, with_rule
 from lungjax.explain import figures, saliency
 from lungjax.models import trees
 from lungjax.models.outputs import positive_class
@@ -45,7 +45,7 @@ def write(
         choice = {}
         if run.config.eval.aggregate.startswith("auto"):
             rule, choice["aggregates"] = operating_points.choose_aggregate(calibrated["val"], run.config.eval)
-            calibrated = {name: aggregation.with_rule(p, rule) for name, p in calibrated.items()}
+            calibrated = {name: with_rule(p, rule) for name, p in calibrated.items()}
         lengths = [row for row in history if "steps" in row]
         notes = [
             f"The run was changed from {before['steps']} to {row['steps']} steps at step {row['step']}; from there on, "

@@ -153,7 +153,7 @@ def test_every_class_in_every_part():
 
 
 def test_one_source_left_out():
-    """Sources x (classes 0, 1), y (1, and one patient of 2) and z (0); a copy and a near duplicate link y and z to x."""
+    """Sources x (classes 0, 1), y (1, one patient of 2) and z (0); a copy and a near duplicate link y and z to x."""
     rows, sources = [], []
     for source, label, count in (("x", 0, 8), ("x", 1, 8), ("y", 1, 20), ("y", 2, 1), ("z", 0, 20)):
         rows += [(label, f"{source}{label}{i // 2 if count > 1 else 0}", "train") for i in range(count)]

@@ -122,7 +122,6 @@ def test_each_source_left_out_once(root, monkeypatch, tmp_path):
         quick(config, folder, *others)
 
     monkeypatch.setattr(train, "run", counted)
-    monkeypatch.setattr(cross_validation, "FEW", 5)
     workdir = tmp_path / "sources"
     with pytest.raises(ValueError, match="the disk is full"):
         cross_validation.run(changed(), "source", workdir, root / "data")
