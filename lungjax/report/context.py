@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lungjax.config import AugmentConfig, Config, fields_of, overrides, schema
+from lungjax.config import AugmentConfig, Config, fields_of, overrides
 from lungjax.evaluation import bootstrap, metrics
 from lungjax.report.templating import Number, Table, count, embed, rate
 
@@ -143,10 +143,9 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
     rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
     scale = "calibrated on val" if "calibration" in report else "not calibrated"
-    rule, names = schema.parse_aggregate(report["aggregate"])
-    patient = AGGREGATES[rule].format("the patient's images")
-    of = f", for {' and '.join(names)}" if names and rule != "mean" else ""
-    note = f"Probabilities are {scale}; that of a patient is {patient}{of}. "
+    rule, _, names = report["aggregate"].partition(":")
+    patient = AGGREGATES[rule].format("the patient's images") + f", for {names.replace('+', ' and ')}" * bool(names)
+    note = f"Probabilities are {scale}; that of a patient is {patient}. "
     note += "A dash marks an undefined number."
     if any(level["intervals"] for level in columns.values()):
         note += f" The 95 % intervals are from a percentile bootstrap over patients with {config.eval.draws:,} draws,"

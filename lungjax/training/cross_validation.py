@@ -41,9 +41,9 @@ def run(
 
     `kind` is the number of folds, or "source": fold i then leaves out the i-th source in alphabetical order
     (`folds.leave_out`), and WORKDIR/ordinary, with the splits of the data set, is trained first for comparison.
-    Finished runs are skipped, unfinished ones resumed. WORKDIR receives the pooled predictions (with the column `extra_fold`), plots and reports.
-    The other arguments are those of `train.run`. Raises ValueError if the data does not allow these folds or WORKDIR
-    contains other files, and as `train.run` does.
+    Finished runs are skipped, unfinished ones resumed. WORKDIR receives the pooled predictions (with the column
+    `extra_fold`), plots and reports. The other arguments are those of `train.run`. Raises ValueError if the data does
+    not allow these folds or WORKDIR contains other files, and as `train.run` does.
     """
     started = time.time()
     base = config.data
