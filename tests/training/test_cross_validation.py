@@ -70,7 +70,7 @@ def test_training_and_pooling_of_folds(root, monkeypatch, capsys):
     monkeypatch.setattr(train, "run", counted)
     with pytest.raises(ValueError, match="the disk is full"):
         cross_validation.run(changed(), 3, workdir, root / "data")
-    assert "fold 1 of 0 to 2" in capsys.readouterr().out
+    assert "fold1, of 3 runs" in capsys.readouterr().out
     assert (workdir / "fold0/report.md").exists() and not (workdir / "report.md").exists()
     assert cross_validation.run(changed(), 3, workdir, root / "data") == workdir / "report.md"
     assert trained == [0, 1, 1, 2], "the finished fold was trained again"
@@ -157,7 +157,12 @@ def test_each_source_left_out_once(root, monkeypatch, tmp_path):
 
     # The folds count as one run in a table of pooled scores.
     table = pooled_scores.markdown(tmp_path, 20)
-    assert "sources/ordinary" in table and "sources/fold0" not in table and "north, 18 images" in table
+    assert (
+        "| sources | simple | none | 1 |" in table
+        and "sources/ordinary" in table
+        and "sources/fold0" not in table
+        and "north, 18 images" in table
+    )
 
 
 def test_source_with_the_only_images_of_a_class(tmp_path, monkeypatch):
