@@ -21,7 +21,8 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
     flags.DEFINE_string("weights_dir", None, "Folder of downloaded weight files, searched first.")
     flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
-    flags.DEFINE_integer("folds", None, "Number of cross-validation folds: one run per fold, and a combined report.")
+    folds = "Cross-validation, one run per fold and a combined report: a number of folds, or source to leave out each."
+    flags.DEFINE_string("folds", None, folds)
     flags.DEFINE_string("dataset", None, "Another prepared data set to test on, with --mode=evaluate.")
     flags.DEFINE_string("label_map", "", "Classes of --dataset, as THEIRS=OURS+OURS,THEIRS=-; - ignores a class.")
     flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "Split of --dataset to test on.")
@@ -51,7 +52,7 @@ def main(_: list[str]) -> None:
         config = overrides.override(config, assignment)
     configs.check(config)
     profile = read_steps(FLAGS.profile) if FLAGS.profile else None
-    default = Path("runs") / (config.name + (f"_folds{FLAGS.folds}" if FLAGS.folds is not None else ""))
+    default = Path("runs") / (config.name + (f"_{FLAGS.folds}_folds" if FLAGS.folds is not None else ""))
     if FLAGS.mode == "evaluate" and experiment.endswith("config.json"):
         default = Path(experiment).parent
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else default
@@ -78,7 +79,8 @@ def main(_: list[str]) -> None:
             options = (FLAGS.dataset, FLAGS.label_map, FLAGS.split, drop)
             report = external_test.evaluate(config, workdir, data_dir, *options)
         elif FLAGS.folds is not None:
-            report = cross_validation.run(config, FLAGS.folds, workdir, data_dir, FLAGS.mode, weights_dir)
+            kind = FLAGS.folds if FLAGS.folds == "source" else int(FLAGS.folds)
+            report = cross_validation.run(config, kind, workdir, data_dir, FLAGS.mode, weights_dir)
         else:
             report = train.run(config, workdir, data_dir, FLAGS.mode, weights_dir, profile)
     if distributed.is_first_host():
@@ -104,6 +106,10 @@ def check_flags() -> None:
         raise ValueError(f"--workdir={FLAGS.workdir}: no config.json, so there is no run to test")
     if FLAGS.profile and (FLAGS.mode != "train" or FLAGS.folds is not None):
         raise app.UsageError("--profile traces the training of one run: it needs --mode=train, without --folds")
+    if FLAGS.folds is not None and FLAGS.folds != "source" and not FLAGS.folds.isdecimal():
+        raise app.UsageError(
+            f"--folds={FLAGS.folds}: expected a number such as 5, or source to leave out each source once"
+        )
     for name in ("label_map", "split", "overlap"):
         if FLAGS[name].present and not FLAGS.dataset:
             raise app.UsageError(f"--{name} applies to another data set: it needs --dataset=OTHER and --mode=evaluate")

@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lungjax.config.schema import STAGES, InputSpec, parse_json
+from lungjax.config.schema import AGGREGATES, STAGES, InputSpec, parse_json
 
 FILE = "model.json"
 FORMAT = 1  # the key `format`; incremented if a key is removed or changes meaning
@@ -44,6 +44,7 @@ class Metadata:
     modality: str = ""  # of the training images: ct, xray, or "" if unknown or mixed
     positive: int | None = None  # positive class of the sigmoid output; None for softmax
     temperature: float = 1.0  # divisor of logits for calibration (`lungjax.evaluation.calibration`)
+    aggregate: str = "mean"  # from slices to patients (`lungjax.evaluation.aggregation`)
     # LEVEL.CLASS.RULE, where LEVEL is slice or patient: threshold on the calibrated probability, chosen on val, and
     # sensitivity, specificity, ppv, npv and intervals of the test split.
     points: Mapping[str, Any] = field(default_factory=dict)
@@ -140,6 +141,9 @@ def _requirements(model: Metadata) -> Iterator[tuple[str, bool, str]]:
     }  # fmt: skip
     for name, allowed in choices.items():
         yield name, getattr(model, name) in allowed, ", ".join(map(repr, allowed))
+    rule, _, names = model.aggregate.partition(":")
+    valid = rule in AGGREGATES and {*names.split("+")} <= {"", *classes}
+    yield "aggregate", valid, f"one of {', '.join(AGGREGATES)}, alone or with classes, as max:A"
     yield "input.channels", spec.channels in (1, 3), "1 or 3"
     yield "temperature", _are_numbers((model.temperature,), 1) and model.temperature > 0, "a number above zero"
     for name in ("points", "scores", "counts", "patients", "about"):

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lungjax.evaluation import study_metrics
+from lungjax.evaluation import aggregation, study_metrics
 from lungjax.evaluation.predictions import Predictions, take
 from lungjax.evaluation.study_metrics import ratio
 
@@ -185,19 +185,25 @@ def flat_levels(predictions: Predictions) -> dict[str, float | None]:
 def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
     """Returns one prediction per group, and the number of groups excluded because of mixed labels.
 
-    Probabilities are means over the group's examples, in float64. Ids and groups are the group's name, or the id of an
-    example without a group; the source is "several" if it differs. Rows are sorted by name, without extra columns.
-    Raises ValueError for invalid probabilities.
+    Probabilities are those of `aggregation`, by the rule in the column "aggregate" of the group's first example, or
+    means. Ids and groups are the group's name, or the id of an example without a group; the source is "several" if it
+    differs. Rows are sorted by name, without extra columns. Raises ValueError for invalid probabilities.
     """
     p = predictions
     check_probabilities(p)
-    keys, first, member, counts = np.unique(patient_keys(p), return_index=True, return_inverse=True, return_counts=True)
+    keys, first, member = np.unique(patient_keys(p), return_index=True, return_inverse=True)
     n = len(keys)
 
     def varies(values: np.ndarray) -> np.ndarray:
         return np.bincount(member, weights=values != values[first][member], minlength=n) > 0
 
-    sums = [np.bincount(member, weights=p.probabilities[:, i], minlength=n) for i in range(len(p.classes))]
+    rules = p.extra.get("aggregate", np.full(len(p), "mean"))[first]
+    probabilities = np.empty((n, len(p.classes)))
+    for rule in np.unique(rules):  # the folds of a cross-validation may have several
+        which = np.flatnonzero(rules == rule)
+        rows = np.isin(member, which)
+        own = np.searchsorted(which, member[rows])
+        probabilities[which] = aggregation.aggregate(p.probabilities[rows], p.classes, str(rule), own)
     uniform = ~varies(p.labels)
     names = np.where(p.groups == "", p.ids, p.groups)[first][uniform]
     patients = Predictions(
@@ -205,7 +211,7 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
         groups=names,
         sources=np.where(varies(p.sources), "several", p.sources[first])[uniform],
         labels=p.labels[first][uniform],
-        probabilities=(np.stack(sums, axis=1) / np.maximum(counts, 1)[:, None])[uniform],
+        probabilities=probabilities[uniform],
         classes=p.classes,
     )
     return patients, int((~uniform).sum())

@@ -27,7 +27,7 @@ PACKED = (
     "data/__init__.py", "data/batching.py", "data/folder_walk.py", "data/imaging/__init__.py",
     "data/imaging/images.py", "data/imaging/limits.py", "data/imaging/lung_masks.py", "data/imaging/lung_outline.py",
     "data/imaging/study_masks.py", "data/preprocess.py", "data/safe_text.py",
-    "evaluation/__init__.py", "evaluation/novelty.py",
+    "evaluation/__init__.py", "evaluation/aggregation.py", "evaluation/novelty.py",
     "inference/__init__.py", "inference/artifacts.py", "inference/records.py",
 )  # fmt: skip
 # jax reads serialized programs with flatbuffers but does not depend on it, so this small Python package is packed too.

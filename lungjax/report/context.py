@@ -39,6 +39,11 @@ SHORT_METRICS = {
 HEADLINE = {"auc_macro": "AUC, mean over classes", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
 # Neither F1 nor precision: a single false positive for a class that the source lacks would make them zero.
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro")
+AGGREGATES = {
+    "mean": "the mean over {}", "max": "the maximum over {}", "top_k": "the mean of the highest quarter of {}",
+    "noisy_or": "1 - the product of (1 - probability) over {}",
+    "per fold": "aggregated from {} by the rule of its fold",
+}  # fmt: skip
 CONTROLS = {"no_lungs": "network, lungs blacked out", "source_only": "source of the image alone, no network"}
 CAPTIONS = {
     "confusion_slice.png": "Confusion matrix per {}.",
@@ -138,15 +143,21 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
     rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
     scale = "calibrated on val" if "calibration" in report else "not calibrated"
-    note = f"Probabilities are {scale}; that of a patient is the mean over the patient's images. "
+    rule, _, names = report["aggregate"].partition(":")
+    patient = AGGREGATES[rule].format("the patient's images") + f", for {names.replace('+', ' and ')}" * bool(names)
+    note = f"Probabilities are {scale}; that of a patient is {patient}. "
     note += "A dash marks an undefined number."
     if any(level["intervals"] for level in columns.values()):
         note += f" The 95 % intervals are from a percentile bootstrap over patients with {config.eval.draws:,} draws,"
         note += " or Wilson's for a proportion that does not vary. AUC and average precision need"
         note += f" {bootstrap.MIN_PATIENTS} patients with and without the class; the calibration error has no interval."
     tables = [Table(["", *columns], rows, note=note)]
+    if "aggregates" in report["facts"]:
+        rows = [[how, Number(*scores)] for how, scores in report["facts"]["aggregates"].items()]
+        note = f"The highest AUC determined the rule, {report['aggregate']}; scores on test are with this rule."
+        tables.append(Table(["eval.aggregate", "AUC, per patient"], rows, "Choice of the aggregation (val)", note))
     if "folds" in report["facts"]:
-        tables.append(_folds(report["facts"]["folds"], unit))
+        tables += _folds(report["facts"]["folds"], classes, list(distinct_levels(test, unit)))
     for noun, level in distinct_levels(test, unit).items():
         rows = [[name, *counts] for name, counts in zip(classes, level["confusion"], strict=True)]
         confusion = Table(["true / predicted", *classes], rows, f"Confusion, per {noun} (test)")
@@ -163,13 +174,41 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     return tables
 
 
-def _folds(folds: Mapping[str, Any], unit: str) -> Table:
+def _folds(folds: Mapping[str, Any], classes: Sequence[str], units: Sequence[str]) -> list[Table]:
+    """Returns the spread over the folds and, if each left out one source, the scores by source and the drop.
+
+    `units` are the keys of `distinct_levels`.
+    """
     rows = []
     for name, spread in folds["over"].items():
         level, _, metric = name.partition(".")
         values = (spread["mean"], spread["low"], spread["high"], *spread["values"])
-        rows.append([f"{METRICS[metric]}, per {unit if level == 'slice' else level}", *map(Number, values)])
-    return Table(["", "mean", "min", "max", *(f"fold {i}" for i in range(folds["count"]))], rows, "Over the folds")
+        rows.append([f"{METRICS[metric]}, per {units[0] if level == 'slice' else level}", *map(Number, values)])
+    names = folds.get("sources") or [f"fold {i}" for i in range(folds["count"])]
+    title = "Over the sources, each left out of training once" if "sources" in folds else "Over the folds"
+    tables = [Table(["", "mean", "min", "max", *names], rows, title)]
+    if "sources" not in folds:
+        return tables
+    tables += [_sources(folds["patients"], classes, "patient")] if len(units) > 1 else []
+    note = (
+        "Both networks were tested on the same images: those from the source in the test split of the data set. The "
+        "network of the ordinary split was trained on other patients from this source, the other one on none. The drop "
+        "is the difference, with the interval of a paired bootstrap over patients. AUC needs images of several classes."
+    )
+    for level, noun in zip(bootstrap.UNITS, units, strict=False):
+        rows = []
+        for name, drop in folds["drop"].items():
+            cells: list[Any] = []
+            for metric in ("auc_macro", "balanced_accuracy"):
+                d = drop[f"{level}.{metric}"]
+                ends = () if d["low"] == d["high"] else (d["low"], d["high"])  # draws without variation
+                cells += [Number(d["b"]), Number(d["a"]), Number(d["difference"], *ends)]
+            rows.append([name, drop["n"], *cells])
+        head = ["source", "images"]
+        for metric in ("AUC", "balanced accuracy"):
+            head += [f"{metric}, ordinary split", f"{metric}, left out", "drop"]
+        tables.append(Table(head, rows, f"Drop from the ordinary split, per {noun}", note if level == "slice" else ""))
+    return tables
 
 
 def _classes(unit: str, level: Mapping[str, Any]) -> Table:

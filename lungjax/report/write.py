@@ -61,6 +61,7 @@ def write_report(
         raise ValueError("no test predictions: the report needs a test split with images")
     test = results["test"]
     wrong = plots.choose_examples(test, config.eval.examples)[1]
+    rules = np.unique(test.extra.get("aggregate", "mean"))
     key, step = f"val.{config.train.monitor}", facts.get("best_step")
     scores = [row[key] for row in history if row["step"] == step and key in row]
     report = {
@@ -69,6 +70,7 @@ def write_report(
         "classes": list(test.classes),
         "unit": (summary or {}).get("unit", "image"),
         "best": {"step": step, "monitor": config.train.monitor, "score": scores[-1] if scores else None},
+        "aggregate": rules.item() if rules.size == 1 else "per fold",
         "warnings": [],
         "facts": dict(facts),
         **{split: _levels(results[split], config) for split in ("test", "val") if split in results},
@@ -154,7 +156,8 @@ def warnings(
     patients = len(np.unique(metrics.patient_keys(p)))
     if config.eval.draws and patients < MIN_PATIENTS:
         yield f"The test images come from {count(patients, 'patient')}: too few for reliable intervals."
-    yield from _source_warnings(p, report["test"]["by_source"])
+    if "sources" not in report["facts"].get("folds", {}):  # otherwise the network has not seen the source
+        yield from _source_warnings(p, report["test"]["by_source"])
     scored = [row["step"] for row in history if f"val.{config.train.monitor}" in row]
     if config.train.keep == "best" and len(scored) > 1 and report["best"]["step"] == scored[-1]:
         length = config.train

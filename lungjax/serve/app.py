@@ -198,7 +198,7 @@ class Service:
             return _Decoded(file.name, error=problem)
 
     def _record(self, file: _Decoded, p: np.ndarray, rule: str) -> dict[str, Any]:
-        """Returns the record of a file from the mean over its frames of the probabilities `p` [frames, classes]."""
+        """Returns the record of a file, aggregated over its frames, from the probabilities `p` [frames, classes]."""
         first = file.inputs[0]
         if len(p) == 1:
             return records.record(self.metadata, file.name, p[0], first.novelty, first.warnings, rule)

@@ -18,15 +18,20 @@ SCORES = {
 def markdown(folder: Path, draws: int) -> str:
     """Returns the scores of the runs below `folder` by data set and configuration, and those of each source.
 
-    Runs whose config.json differs only in train.seed are pooled by `bootstrap.over_runs`. Raises ValueError if there
-    are no tested runs, for damaged files, and for runs of one configuration that were tested on different images.
+    A cross-validation counts as one run. Runs whose config.json differs only in train.seed are pooled by
+    `bootstrap.over_runs`. Raises ValueError if there are no tested runs, for damaged files, and for runs of one
+    configuration that were tested on different images.
     """
     pools: dict[str, dict[str, list[Path]]] = {}  # folders by data set and configuration
     for path in sorted(folder.rglob("config.json")):
-        if (path.parent / "predictions_test.csv").exists():
-            config = overrides.read(path)
-            key = overrides.to_json(replace(config, train=replace(config.train, seed=0)))
-            pools.setdefault(config.data.dataset, {}).setdefault(key, []).append(path.parent)
+        run, config = path.parent, overrides.read(path)
+        data, train = config.data, replace(config.train, seed=0)
+        if (data.folds or data.test_source) and (run.parent / "predictions_test.csv").exists():
+            run, data = run.parent, replace(data, fold=0, test_source="each" if data.test_source else "")
+        if (run / "predictions_test.csv").exists():
+            key = overrides.to_json(replace(config, data=data, train=train))
+            members = pools.setdefault(data.dataset, {}).setdefault(key, [])
+            members += [run] if run not in members else []
     if not pools:
         raise ValueError(f"{folder}: no finished runs (with predictions_test.csv) below this folder")
 

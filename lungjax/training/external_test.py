@@ -88,6 +88,8 @@ def evaluate(
                 unlabeled = replace(images, classes=run.data.classes, columns=columns)
                 predicted = run.predict(variables, "test", unlabeled)
                 results[name] = map_predictions(predicted, mapping, labels[images.rows("test")], temperature)
+                if model and model.aggregate != "mean":
+                    results[name] = predictions.with_rule(results[name], model.aggregate)
     if model:
         own_val = predictions.read(workdir / "predictions_val.csv")
         results["val"] = map_val(own_val, mapping, run.data.name, temperature)
