@@ -185,6 +185,9 @@ class OptimConfig:
     frozen_batch_norm: str = "with_layer"
     freeze: str = ""  # regex of parameter paths that are also frozen, such as "^stem"
     lr_factors: tuple[str, ...] = ()  # "REGEX=FACTOR" of parameter paths, such as "^head/=10"; the first match counts
+    # Decay of an exponential moving average of weights and BatchNorm statistics, which is then validated, saved and
+    # tested in place of the last values; 0 is off.
+    ema: float = 0.0
 
 
 @dataclass(frozen=True)

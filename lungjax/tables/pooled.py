@@ -41,14 +41,14 @@ def markdown(folder: Path, draws: int) -> str:
         for key, folders in configs.items():
             model, first = overrides.from_json(key).model, str(folders[0].relative_to(folder))
             runs, no_lungs = (_read(folders, split) for split in ("test", "no_lungs"))
-            scores = [_score(runs, metric, draws) for metric in SCORES.values()]
-            scores.append(_score(no_lungs, "slice.auc_macro", draws))
+            scores = [score(runs, metric, draws) for metric in SCORES.values()]
+            scores.append(score(no_lungs, "slice.auc_macro", draws))
             rows.append([first, model.name, model.weights, len(folders), *scores])
             parts = [metrics.by_source(p) for p in runs]
             sizes = {name: len(p) for part in parts for name, p in part.items()}
             sources = tuple(sorted(sizes.items(), key=lambda item: item[1], reverse=True))
             pools_by_source = [[part[name] for part in parts if name in part] for name, _ in sources]
-            cells = ((_score(p, "slice.auc_macro", draws), _score(p, "slice.accuracy", draws)) for p in pools_by_source)
+            cells = ((score(p, "slice.auc_macro", draws), score(p, "slice.accuracy", draws)) for p in pools_by_source)
             if sources:
                 by_source.setdefault(sources, []).append([first, *(f"{auc}; {accuracy}" for auc, accuracy in cells)])
         tables[dataset] = [Table(["first run", "network", "weights", "seeds", *SCORES, "AUC, no lungs"], rows)]
@@ -64,6 +64,7 @@ def _read(folders: Sequence[Path], split: str) -> list[Predictions]:
     return [predictions.read(file) for file in files] if all(file.exists() for file in files) else []
 
 
-def _score(runs: Sequence[Predictions], metric: str, draws: int) -> Number:
+def score(runs: Sequence[Predictions], metric: str, draws: int) -> Number:
+    """Returns the mean over the runs of a metric such as "slice.auc_macro", with its interval."""
     unit, _, name = metric.partition(".")
     return Number(*bootstrap.over_runs(runs, [name], draws, unit=unit)[name]) if runs else Number(None)

@@ -57,7 +57,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     frozen = optim.frozen_paths(config.optim, shapes["params"])
     optimizer = optim.make_optimizer(config.optim, schedule, trees.split(shapes["params"], frozen)[0])
     weights = optim.class_weights(config.optim.class_weights, labels, classes)
-    new_state = partial(state.create, module, optimizer, image_shape, config.train.seed, frozen)
+    new_state = partial(state.create, module, optimizer, image_shape, config.train.seed, frozen, config.optim.ema > 0)
     first = jax.eval_shape(new_state, {})
     network = FoldedModel(module, first.variables, image_shape)
 

@@ -14,7 +14,7 @@ from lungjax.data import augment
 from lungjax.models import outputs, trees
 from lungjax.models.inputs import normalize
 from lungjax.models.layers import BatchNorm
-from lungjax.training import non_finite
+from lungjax.training import non_finite, optim
 from lungjax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -84,11 +84,16 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, params)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    params, ema = optax.apply_updates(params, updates), state.ema
+    if config.optim.ema:
+        variables = {"params": params, "batch_stats": batch_stats}
+        ema = optim.average(config.optim.ema, state.step - state.bad_steps, ema, variables)
     updated = state.replace(
         step=state.step + 1,
-        params=trees.merge(optax.apply_updates(params, updates), frozen_params),
+        params=trees.merge(params, frozen_params),
         batch_stats=batch_stats,
         opt_state=opt_state,
+        ema=ema,
     )
     state = non_finite.select(config.train.on_nan, finite, updated, state)
     return state, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "finite": finite}
