@@ -8,7 +8,6 @@ from absl import app, flags
 from lungjax import cli
 from lungjax import config as configs
 from lungjax.config import experiments, overrides
-from lungjax.inference import ensembles
 from lungjax.runtime import environment
 
 FLAGS = flags.FLAGS
@@ -45,7 +44,11 @@ def main(_: list[str]) -> None:
         print(experiments.listing())
         return
     check_flags()
-    runs = ensembles.find(FLAGS.model) if FLAGS.model else []
+    runs: list[Path] = []
+    if FLAGS.model:
+        from lungjax.inference import ensembles  # here, since it imports numpy
+
+        runs = ensembles.find(FLAGS.model)
     run = runs[0] if runs else FLAGS.workdir
     saved = f"{run}/config.json" if FLAGS.mode == "evaluate" and run else ""
     experiment = FLAGS.experiment or saved

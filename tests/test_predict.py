@@ -59,7 +59,7 @@ def command(trained_run, tmp_path):
 def by_brightness(monkeypatch, command):
     """Runs the command with a model whose probability of "bright" is the mean gray level."""
     models = {"model": brightness(hu_windows=WINDOW), "gate": brightness(plane="coronal", position="mid")}
-    monkeypatch.setattr(model, "load", lambda path: models["".join(path)])
+    monkeypatch.setattr(model, "load", lambda path, models=models: models["".join(path)])
     return partial(command, model="model")
 
 
@@ -331,7 +331,7 @@ def test_modality_of_scans(by_brightness, monkeypatch, tmp_path):
     names = [tmp_path / name for name in ("ct", "v.nii", "plain.png", "x.dcm")]
     for modality, expected in (("ct", {"x.dcm"}), ("xray", {"IM", "v.nii"}), ("", set())):
         models = {"model": brightness(modality=modality), "gate": brightness(plane="coronal", modality=modality)}
-        monkeypatch.setattr(model, "load", lambda path: models["".join(path)])
+        monkeypatch.setattr(model, "load", lambda path, models=models: models["".join(path)])
         assert by_brightness(*names, gate="gate", gate_class="bright", overwrite=True) == 0
         rows, series = table(tmp_path / "out/predictions.csv"), table(tmp_path / "out/series.csv")
         warnings = {name.partition("#")[0]: row["warnings"] for name, row in rows.items() if row["warnings"]}
