@@ -14,12 +14,12 @@ usage() {
 ./run.sh explore --dataset=NAME         draw a page of figures about a prepared data set
 ./run.sh weights --list                 list the pretrained weights; --fetch=NAME downloads a file
 ./run.sh tables --list                  list the tables of published results
-./run.sh explain --workdir=RUN ...      draw saliency maps
+./run.sh explain --model=RUN ...        draw saliency maps
 ./run.sh runs [DIR]                     list runs, their scores, and the commands that resume them
 ./run.sh tensorboard RUN...             write TensorBoard events of runs
 ./run.sh compare RUN_A RUN_B            compare two runs on the same patients
 ./run.sh predict --model=RUN PATH...    predict images and scans
-./run.sh export --workdir=RUN ...       export a standalone, ONNX, SavedModel or Triton model
+./run.sh export --model=RUN ...         export a standalone, ONNX, SavedModel or Triton model
 ./run.sh serve --model=RUN              start an HTTP service with a web page
 ./run.sh test [PYTEST ARGUMENTS]        run the tests
 

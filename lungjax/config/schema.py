@@ -29,7 +29,7 @@ CHOICES = {
     "model.head.activation": ("relu", "hard_swish"), "model.head.output": ("softmax", "sigmoid"),
     "optim.name": ("adam", "adamw", "sgd", "rmsprop"), "optim.schedule": ("constant", "cosine", "linear", "step"),
     "optim.frozen_batch_norm": ("with_layer", "update", "frozen"),
-    "train.on_nan": ("stop", "skip", "rewind"), "train.keep": ("best", "last"),
+    "train.on_nan": ("stop", "skip", "rewind"), "train.keep": ("best", "last"), "eval.tta": ("none", "flip"),
 }  # fmt: skip
 # Fields that lungjax/training/auto.py can choose, in this order: later ones depend on earlier ones.
 AUTO = (
@@ -223,6 +223,9 @@ class EvalConfig:
     """Evaluation of the best weights."""
 
     batch_size: int = 0  # global; 0 chooses by image size and platform
+    # One of CHOICES, test-time augmentation: "flip" averages the logits of an image and its horizontal mirror. It does
+    # not apply to validations during training, so it does not change the weights.
+    tta: str = "none"
     examples: int = 12  # number of correct and of wrong test images in the figure
     draws: int = 2000  # bootstrap resamples of patients for the 95 % intervals; 0 omits them
     sensitivity: float = 0.95  # of the operating point that is chosen on val

@@ -231,7 +231,7 @@ def _sources(by_source: Mapping[str, Any], classes: Sequence[str], unit: str) ->
 
 def _calibration(calibration: Mapping[str, Any]) -> Table:
     names, temperature = ("ece", "brier", "loss"), calibration["temperature"]
-    scale = "one T per fold" if temperature is None else f"T = {rate(temperature)}"
+    scale = "one T per network" if temperature is None else f"T = {rate(temperature)}"
     kinds = {"uncalibrated": "uncalibrated", "calibrated": f"calibrated by temperature scaling, {scale}"}
     rows = [[words, *(number(calibration[kind], name) for name in names)] for kind, words in kinds.items()]
     note = (

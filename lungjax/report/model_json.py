@@ -82,6 +82,7 @@ def describe(
         orientation=data.orientation,
         modality=data.modality,
         positive=positive_class(config, data.classes),
+        tta=config.eval.tta,
         temperature=report.get("calibration", {}).get("temperature", 1.0),
         aggregate=report["aggregate"],
         points=report.get("operating_points", {}),

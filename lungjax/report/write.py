@@ -52,7 +52,7 @@ def write_report(
         None omits mistakes.png.
       summary: summary.json of the prepared data.
       about: the fields of `datasets.About`.
-      temperature: that of `results`, 1 if they are not calibrated; None if the folds have their own.
+      temperature: that of `results`, 1 if they are not calibrated; None if several networks have their own.
       points: the thresholds to evaluate; None chooses them on "val", if available.
 
     Raises ValueError if "test" is missing or empty, or if probabilities are invalid.

@@ -89,7 +89,10 @@ def explainer(run: Run, variables: dict[str, Any]) -> tuple[reporting.Explain | 
         return None, {}
     local = jax.tree.map(lambda leaf: leaf.addressable_data(0), variables)
     positive = positive_class(run.config, run.data.classes)
-    explain = saliency.Explainer(run.program.module, local, run.config.input, positive, run.config.eval.batch_size)
+    options = run.config.eval
+    explain = saliency.Explainer(
+        run.program.module, local, run.config.input, positive, options.batch_size, tta=options.tta
+    )
 
     def heats(images: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return np.stack([figures.visible(heat, explain.methods[0]) for heat in explain.maps(images, targets)[0]])

@@ -51,9 +51,12 @@ class Run:
     def predict(
         self, variables: dict[str, Any], split: str, data: Prepared | None = None, watch: Watch | None = None
     ) -> Predictions:
-        """Returns predictions for a split of the run's data set, or of `data`. Raises Interrupted if `watch` does."""
+        """Returns predictions for a split of the run's data set, or of `data`, with the test-time augmentation.
+
+        With `watch`, a validation during training: without augmentation, and raises Interrupted if `watch` does.
+        """
         built, folded = self.program, self.program.network.fold(variables)
-        step, mesh = built.predict_step, built.mesh
+        step, mesh = built.predict_step if watch else built.test_step, built.mesh
         predicted = predict_split.predict(step, folded, data or self.data, split, self.config, mesh, watch)
         how = self.config.eval.aggregate  # "auto" is chosen later, from predictions on val
         return predicted if how == "mean" else with_rule(predicted, "mean" if how[:4] == "auto" else how)

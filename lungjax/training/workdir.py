@@ -27,6 +27,7 @@ MUTABLE_FIELDS = (
     "data.workers", "data.threads", "data.prefetch", "train.log_steps", "train.save_steps", "train.devices",
     "train.shard_params", "train.on_nan", "train.tensorboard", "train.log_parameters",
     "eval.batch_size", "eval.examples", "eval.draws", "eval.sensitivity", "eval.prevalence",
+    "eval.tta",
 )  # fmt: skip
 # Fields of the length, with which a finished or interrupted run may be lengthened.
 LENGTH_FIELDS = ("train.epochs", "train.steps", "train.patience")
