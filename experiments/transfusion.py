@@ -3,6 +3,7 @@
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray,start=imagenet
     python -m lungjax.main --experiment=transfusion:model=resnet50,dataset=folder/xray,start=meanvar:imagenet
+    python -m lungjax.main --experiment=transfusion:model=densenet121,dataset=folder/xray,start=xrv
     python -m lungjax.main --experiment=transfusion:model=cbr_small,dataset=folder/xray,start=run:runs/imagenet_pretrain_cbr_small
 
 On 250,000 retina photographs, the published AUC with random / ImageNet weights is .964 / .967 for ResNet-50 and .962 /
@@ -13,8 +14,9 @@ them. `meanvar:` is the paper's "Mean Var", random weights with the mean and var
 cores, CBR-LargeT trains on 11 and ResNet-50 on about 7 images of 224 px per second (tests/benchmarks/README.md).
 
 As in the paper's experiments on the retina, the optimizer is Adam with learning rate 1e-3. All layers are trained, and
-the input has three channels with every initialization, so the number of parameters is the same. Epochs, batch size and
-the tested weights (best AUC on val) are our choice, since the paper uses other data.
+the input has three channels with every initialization, so the number of parameters is the same; only torchxrayvision's
+weights (start=xrv) have one. start=radimagenet are RadImageNet's. Epochs, batch size and the tested weights (best AUC on
+val) are our choice, since the paper uses other data.
 
 protocol=study uses the original splits of a data set (`data.protocol`); clean, the default, splits by patient without
 duplicates. Nothing else differs, and a user's folder has no study splits. The paper's parameter count for CBR-Tiny
@@ -31,10 +33,11 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; three n
 def get_config(
     model: str = "cbr_small", start: str = "random", dataset: str = "folder", protocol: str = "clean"
 ) -> Config:
-    """Arguments: model (any); start (random, imagenet, run:DIR, or meanvar: with one of these); dataset; protocol."""
+    """Arguments: model; start (random, weights, run:DIR, or meanvar: with one of these); dataset; protocol."""
     study = one_of("protocol", protocol, PROTOCOLS) == "study"
     if not start.startswith(("run:", "meanvar:", "file:")):
-        one_of("start", start, ("random", "imagenet", "run:DIR", "meanvar:imagenet", "meanvar:run:DIR", "file:PATH"))
+        sources = ("random", "imagenet", "xrv", "radimagenet")
+        one_of("start", start, (*sources, "run:DIR", "meanvar:imagenet", "meanvar:run:DIR", "file:PATH"))
     random = start == "random"
     return Config(
         name=slug("transfusion", model, start, dataset, "study" if study else ""),

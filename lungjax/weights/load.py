@@ -68,7 +68,9 @@ def _named(model: ModelConfig, text: str) -> PretrainedWeights:
     names = {name: record for record in candidates for name in (record.name, record.name.partition(".")[2])}
     names.update(zip(["imagenet"], candidates, strict=False))
     if text not in names:
-        raise ValueError(f"model.weights={model.weights!r}: expected {ALLOWED}; {nearest(text, [*names, 'none'])}")
+        others = [record.model for record in catalogue.records() if record.name.partition(".")[2] == text]
+        hint = f"{text} weights exist for {', '.join(others)}" if others else nearest(text, [*names, "none"])
+        raise ValueError(f"model.weights={model.weights!r}: expected {ALLOWED}; {hint}")
     return names[text]
 
 
@@ -86,7 +88,7 @@ def resolve(config: Config) -> Config:
             return config  # a saved, complete configuration, which may not need the weights again
         raise
     if source.record:
-        trained, channels = source.record.input, 3
+        trained, channels = source.record.input, source.record.input.channels
         model = _with_fields(model, dict(source.record.network), source.record.name)
     elif source.run:
         old = overrides.read(source.run / "config.json")
@@ -168,7 +170,8 @@ def _open(
     """Returns the tensors of a source, their rules, their number of input channels, and a label for errors."""
     if source.record:
         path = source.file or download.locate(source.record, weights_dir)
-        return open_tensors(path), layouts(model)[source.record.layout], 3, f"{path} ({source.record.name})"
+        rules, channels = layouts(model)[source.record.layout], source.record.input.channels
+        return open_tensors(path), rules, channels, f"{path} ({source.record.name})"
     assert source.run is not None
     old, classes = overrides.read(source.run / "config.json"), len(metadata.read_data(source.run)["classes"])
     image_shape = (*old.input.size, old.input.network_channels)

@@ -1,11 +1,13 @@
 """Reads both formats of PyTorch's .pth, .pt and .bin files without PyTorch; its unpickler can build only tensors.
 
 A pickle is a program that may call any function that it names. Here it can name a dozen stand-ins and nothing else.
+A pickled module, as torchxrayvision releases them, is read as its state dict: its classes are never imported.
 """
 
 import math
 import pickle
 import pickletools
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +22,17 @@ PROTOCOL = 1001
 PICKLE_LIMIT = 100_000_000  # bytes of the pickle in an archive, which has names and shapes only
 MAX_INSTRUCTIONS = 1_000_000  # of a pickle; real ones have about 30 per tensor
 MAX_ITEMS = 64  # dimensions of a tensor, and arguments of a function
+MAX_NAME = 1000  # letters of the name of a tensor in a module
+MODULES = re.compile(r"(torch\.nn\.modules|torchvision\.models|torchxrayvision)(\.\w+)+")  # of networks
 DTYPES = {
     "FloatStorage": "f4", "DoubleStorage": "f8", "HalfStorage": "f2", "BFloat16Storage": ml_dtypes.bfloat16,
     "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2", "CharStorage": "i1", "ByteStorage": "u1",
     "BoolStorage": "?",
 }  # fmt: skip
-# Those of torch.save; others make arbitrary objects (INST, OBJ, NEWOBJ, the extension registry) or plain dicts (DICT).
+# Those of torch.save; others make arbitrary objects (INST, OBJ, the extension registry) or plain dicts (DICT).
 INSTRUCTIONS = (
-    "PROTO FRAME STOP GLOBAL STACK_GLOBAL REDUCE BUILD BINPERSID MARK POP_MARK TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_TUPLE "
-    "EMPTY_LIST EMPTY_DICT APPEND APPENDS SETITEM SETITEMS UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING "
+    "PROTO FRAME STOP GLOBAL STACK_GLOBAL REDUCE NEWOBJ BUILD BINPERSID MARK POP_MARK TUPLE TUPLE1 TUPLE2 TUPLE3 "
+    "EMPTY_TUPLE EMPTY_LIST EMPTY_DICT APPEND APPENDS SETITEM SETITEMS UNICODE BINUNICODE SHORT_BINUNICODE BINSTRING "
     "SHORT_BINSTRING STRING INT LONG BININT BININT1 BININT2 LONG1 BINFLOAT FLOAT NONE NEWTRUE NEWFALSE PUT BINPUT "
     "LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET LIST"
 )
@@ -79,6 +83,20 @@ class _Dict(dict[Any, Any]):
         """Ignores the state."""
 
 
+class _Class(NamedTuple):
+    """The class of a module; it is never looked up, since only the tensors of its instances matter."""
+
+
+class _Module(_Dict):
+    """A module: its attributes by name."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Takes the attributes from a dict. Raises UnsafePickleError for any other state."""
+        if not isinstance(state, _Dict):
+            raise UnsafePickleError(f"{_show(state)} as the attributes of a module")
+        self.update(state)
+
+
 def _show(value: Any) -> str:
     """Returns the repr of a number or text, or else the type, since nested tuples could take forever to print."""
     return repr(value)[:80] if type(value) in (int, str) else f"a {type(value).__name__.strip('_')}"
@@ -104,6 +122,9 @@ GLOBALS: dict[tuple[str, str], _Global | _Storage] = {
     ("torch._utils", "_rebuild_parameter"): _Global(lambda tensor, *_: tensor),
     ("torch", "Size"): _Global(lambda sizes=(): sizes),
     ("collections", "OrderedDict"): _Global(lambda: _Dict()),  # without arguments, which would not be checked
+    # Of modules: names of buffers that are not saved; in files from before 2020, a former field.
+    ("__builtin__", "set"): _Global(lambda items: None),
+    ("torch.nn.backends.thnn", "_get_thnn_function_backend"): _Global(lambda: None),
     **{("torch", name): _Storage(np.dtype(dtype)) for name, dtype in DTYPES.items()},
 }
 
@@ -112,7 +133,7 @@ _PythonUnpickler: Any = pickle._Unpickler  # makes a _Dict of each dict, unlike 
 
 
 class _Unpickler(_PythonUnpickler):
-    """Resolves only the names in GLOBALS, and collects the storages."""
+    """Resolves only the names in GLOBALS and the classes of MODULES, and collects the storages."""
 
     dispatch: ClassVar = dict(_PythonUnpickler.dispatch)
     dispatch[pickle.EMPTY_DICT[0]] = lambda self: self.append(_Dict())
@@ -120,6 +141,15 @@ class _Unpickler(_PythonUnpickler):
     def __init__(self, file: IO[bytes]):
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
+
+    def load_newobj(self) -> None:
+        """Makes an empty module."""
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if not isinstance(kind, _Class) or arguments != ():
+            raise UnsafePickleError(f"its pickle makes an object of {_show(kind)}; nothing was run")
+        self.append(_Module())
+
+    dispatch[pickle.NEWOBJ[0]] = load_newobj
 
     def load_reduce(self) -> None:
         """Calls a function with few arguments, since a file could repeat a call with a long list of them."""
@@ -131,12 +161,19 @@ class _Unpickler(_PythonUnpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns the stand-in for a name. Raises UnsafePickleError for any other."""
+        if MODULES.fullmatch(module):
+            return _Class()
         if (module, name) not in GLOBALS:
             raise UnsafePickleError(f"its pickle asks for {module}.{name}, which tensors do not need; nothing was run")
         return GLOBALS[module, name]
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        """Returns the storage of `pid`: ("storage", type, key, device, elements[, None])."""
+    def persistent_load(self, pid: Any) -> _Storage | _Class:
+        """Returns the storage of `pid`: ("storage", type, key, device, elements[, None]), or the class of a module.
+
+        The latter is ("module", class, source file, source code) in the older format.
+        """
+        if type(pid) is tuple and len(pid) == 4 and pid[0] == "module" and isinstance(pid[1], _Class):
+            return pid[1]
         if type(pid) is not tuple or len(pid) not in (5, 6) or pid[0] != "storage" or pid[5:] not in ((), (None,)):
             raise UnsafePickleError("its pickle refers to data other than tensors; expected a module's state_dict")
         _, kind, key, _, size = pid[:5]
@@ -228,11 +265,37 @@ def read_archive(path: Path) -> tuple[list[str], Callable[[str], np.ndarray], zi
     return *_reader(tree, read), archive
 
 
+def _state_dict(root: _Module) -> dict[str, Any]:
+    """Returns the parameters and buffers of a module and its submodules by name.
+
+    Raises UnsafePickleError for long names and for parts in two places, since a small file could fill the memory.
+    """
+    tensors: dict[str, Any] = {}
+    seen, modules = set(), [("", root)]
+    for prefix, module in modules:  # which grows
+        for kind in ("_parameters", "_buffers", "_modules"):
+            items = module.get(kind)
+            if not isinstance(items, _Dict) or id(items) in seen:
+                raise UnsafePickleError(f"module {prefix!r}: {_show(items)} as {kind}, or a part in two places")
+            seen.add(id(items))
+            for name, value in items.items():
+                path = f"{prefix}{name}"
+                if len(path) > MAX_NAME or (kind == "_modules" and not isinstance(value, _Module | None)):
+                    raise UnsafePickleError(f"module {path[:80]!r}: {_show(value)}, or a name that is too long")
+                if kind == "_modules" and value is not None:
+                    modules.append((f"{path}.", value))
+                elif value is not None:
+                    tensors[path] = value
+    return tensors
+
+
 def _reader(tree: Any, read: Callable[[_Storage], np.ndarray]) -> tuple[list[str], Callable[[str], np.ndarray]]:
     """Returns names and a reader of tensors, without a wrapper {"model": ...} and the prefix "module."."""
     for wrapper in ("model", "state_dict"):
         if isinstance(tree, dict) and isinstance(tree.get(wrapper), dict):
             tree = tree[wrapper]
+    if isinstance(tree, _Module):
+        tree = _state_dict(tree)
     if not isinstance(tree, dict) or not tree:
         raise UnsafePickleError("no tensors by name; expected a module's state_dict")
     others = [_show(name) for name, value in tree.items() if type(name) is not str or not isinstance(value, _Tensor)]

@@ -61,6 +61,18 @@ def test_names_of_other_publishers():
             "features.denseblock4.denselayer16.norm.2.running_var": ("stage4_block16/bn2/var", (4,)),
             "features.denseblock4.denselayer16.conv.1.weight": ("stage4_block16/conv1/kernel", (1, 1, 3, 4)),
         }),
+        ("densenet121", "radimagenet", {
+            "backbone.0.conv0.weight": ("stem_conv/kernel", (7, 7, 3, 4)),
+            "backbone.0.denseblock2.denselayer12.norm2.weight": ("stage2_block12/bn2/scale", (4,)),
+            "backbone.0.transition3.conv.weight": ("stage3_transition/conv/kernel", (1, 1, 3, 4)),
+            "backbone.0.norm5.bias": ("top_bn/bias", (4,)),
+        }),
+        ("resnet50_v15", "radimagenet", {
+            "backbone.0.weight": ("stem_conv/kernel", (7, 7, 3, 4)),
+            "backbone.1.running_mean": ("stem_bn/mean", (4,)),
+            "backbone.4.0.downsample.1.weight": ("stage1_block1/shortcut_bn/scale", (4,)),
+            "backbone.7.2.conv3.weight": ("stage4_block3/conv3/kernel", (1, 1, 3, 4)),
+        }),
         ("bit_r50x1", "bit", {
             "resnet/block2/unit03/b/standardized_conv2d_17/kernel": ("stage2_block3/conv2/kernel", (3, 3, 4, 4)),
             "resnet/block2/unit03/c/group_norm_1/gamma": ("stage2_block3/norm2/scale", (4,)),

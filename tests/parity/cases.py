@@ -8,7 +8,7 @@ class Case:
     """A variant of a network and its reference implementation."""
 
     model: str  # ours
-    library: str  # "keras", "timm" or "torchvision"
+    library: str  # "keras", "timm", "torchvision" or "xrv" (torchxrayvision)
     name: str  # in the library
     layout: str  # of the written file
     size: int  # default input, pixels
@@ -16,11 +16,18 @@ class Case:
     gain: float = 1.0  # variance of random kernels times the number of their inputs
     double: bool = False  # also compared in float64
     train: bool = False  # also compared in training mode, with gradients
+    tag: str = ""  # of the record, if the layout and library do not determine it
+    channels: int = 3  # of the input
 
     @property
     def key(self) -> str:
         """The key of a row of the table."""
-        return f"{self.model} {self.library}:{self.name}"
+        return f"{self.model} {self.tag or self.library}:{self.name}"
+
+    @property
+    def headless(self) -> bool:
+        """Whether the file has no classifier, so that pooled features are compared in place of logits."""
+        return self.tag.startswith("radimagenet")
 
 
 def _cases() -> list[Case]:
@@ -65,6 +72,13 @@ def _cases() -> list[Case]:
         Case("mobilenetv3_small", "keras", "MobileNetV3Small", "keras", 224, 107),
         Case("mobilenet", "timm", "mobilenetv1_100", "timm", 224, 107),
         Case("mobilenetv2", "torchvision", "mobilenet_v2", "torchvision", 224, 107),
+        # Radiology: a pickled module, a state dict, state dicts and Keras files without a classifier.
+        Case("densenet121", "xrv", "DenseNet", "torchvision", 224, 107, tag="xrv", channels=1),
+        Case("resnet50_v15", "xrv", "ResNet", "torchvision", 512, 107, tag="xrv", channels=1),
+        Case("densenet121", "torchvision", "densenet121", "radimagenet", 224, 107, tag="radimagenet"),
+        Case("resnet50_v15", "torchvision", "resnet50", "radimagenet", 224, 107, tag="radimagenet"),
+        Case("densenet121", "keras", "DenseNet121", "keras_bgr", 224, 107, tag="radimagenet_keras"),
+        Case("resnet50", "keras", "ResNet50", "keras", 224, 107, tag="radimagenet"),
     ]  # fmt: skip
 
 

@@ -34,6 +34,8 @@ class KerasReference(Reference):
             options = {"weights": None, "classifier_activation": None}
             if case.name.startswith(("EfficientNetV2", "ConvNeXt", "MobileNetV3")):
                 options["include_preprocessing"] = False
+            if case.headless:
+                options = {"weights": None, "include_top": False, "pooling": "avg"}
             self.model = getattr(keras.applications, case.name)(input_shape=(side, side, 3), **options)
         self.case, self.kind = case, kind
         self.variables = [variable for variable in self.model.weights if "seed_generator" not in variable.path]
@@ -73,7 +75,7 @@ class KerasReference(Reference):
         images = images.astype(self.kind)
         if self.case.name.startswith("EfficientNetB"):
             return images * 255  # the network divides by 255
-        if re.fullmatch(r"ResNet\d+|VGG\d+", self.case.name):
+        if re.fullmatch(r"ResNet\d+|VGG\d+", self.case.name) or self.case.layout == "keras_bgr":
             return images[..., ::-1].copy()  # BGR
         return images
 
@@ -107,17 +109,18 @@ class KerasReference(Reference):
             np.savez(path, **studies.arrays(self.model))
             return
         with h5py.File(path, "w") as file:
+            root = file.require_group("model_weights") if self.case.headless else file  # RadImageNet's have the model
             layers = []
             for layer in self.model.layers:
                 arrays = {v.path: np.asarray(v.value) for v in layer.weights if "seed_generator" not in v.path}
                 name, weights = released(self.case.name, layer.name, {key: a.shape for key, a in arrays.items()})
                 layers.append(name.encode())
-                group = file.require_group(name)
+                group = root.require_group(name)
                 group.attrs["weight_names"] = np.array([weight.encode() for weight in weights], dtype="S")
                 for weight, array in zip(weights, arrays.values(), strict=True):
                     group[weight] = array
             for number, part in enumerate(np.array_split(np.array(layers), -(-len(layers) // 400))):
-                file.attrs["layer_names" if len(layers) <= 400 else f"layer_names{number}"] = part
+                root.attrs["layer_names" if len(layers) <= 400 else f"layer_names{number}"] = part
 
 
 def _path(variable: Any) -> str:

@@ -59,7 +59,7 @@ def leaves(name: str) -> dict[str, np.ndarray]:
     record = catalogue.find(name)
     path = download.download(record)
     with open_tensors(path) as tensors:
-        ours = shapes(record.model, record.classes)
+        ours = shapes(record)
         return convert(tensors, layouts(record.model)[record.layout], ours, label=str(path))
 
 

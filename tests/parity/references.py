@@ -93,7 +93,9 @@ def make(case: Case, side: int) -> Any:
 
 
 def record(case: Case) -> Any:
-    """Returns the record with the layout and file format of a case."""
+    """Returns the record with the tag, or else the layout and file format, of a case."""
+    if case.tag:
+        return catalogue.find(f"{case.model}.{case.tag}")
     suffix = {"keras": ".h5", "timm": ".npz" if case.layout == "bit" else ".safetensors", "torchvision": ".pth"}
     names = (case.layout, f"{case.layout}_{case.model}")
     records = [r for r in catalogue.records(case.model) if r.layout in names]

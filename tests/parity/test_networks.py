@@ -65,14 +65,20 @@ def run_ours(case: Case, path: Path, expected: dict[str, Any]) -> dict[str, Any]
     for column, side, double in passes(case):
         jax.config.update("jax_enable_x64", double)
         net, variables = load(case, path, side)
-        inputs = images(side)
+        inputs = images(side)[..., : case.channels]
         if double:
             net = net.clone(dtype=jnp.float64)
             variables, inputs = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), (variables, inputs))
-        apply = jax.jit(lambda v, x, net=net: net.apply(v, x, train=False)[0], compiler_options=conv.compiler_options())
+
+        def forward(v: Any, x: Any, net: Any = net) -> Any:
+            logits, features = net.apply(v, x, train=False)
+            return features["last"].mean((1, 2)) if case.headless else logits
+
+        apply = jax.jit(forward, compiler_options=conv.compiler_options())
         cells[column] = difference(apply(variables, inputs), expected[column])
         if column == "default size":
-            cells["parameters"] = sum(x.size for x in trees.flatten(variables["params"]).values())
+            params = trees.flatten(variables["params"])
+            cells["parameters"] = sum(params[p].size for p in params if not (case.headless and p.startswith("head/")))
             cells["control"] = difference(apply(mistake(variables), inputs), expected[column])
     if case.train:
         jax.config.update("jax_enable_x64", True)
@@ -85,7 +91,8 @@ def load(case: Case, path: Path, side: int) -> tuple[Any, dict[str, Any]]:
     import lungjax
 
     if case.layout != "ours":
-        return lungjax.create(case.model, f"file:{path}", size=side, noncommercial=True)[:2]
+        classes = 2 if case.headless else None
+        return lungjax.create(case.model, f"file:{path}", classes, size=side, noncommercial=True)[:2]
     from lungjax import models
     from lungjax.config import ModelConfig
     from lungjax.models import trees
@@ -178,7 +185,8 @@ def test_network_against_reference(key, tmp_path):
     path, expected = in_process(run_reference, case, tmp_path)
     cells = in_process(run_ours, case, path, expected)
     values = [f"{cells[name]:.1e}" if name in cells else "" for name in (*LIMITS, "control")]
-    print("\n|", " | ".join([case.model, f"{case.library} {case.name}", f"{cells['parameters']:,}", *values]), "|")
+    name = f"{case.tag or case.library} {case.name}"
+    print("\n|", " | ".join([case.model, name, f"{cells['parameters']:,}", *values]), "|")
     assert cells["parameters"] == expected["parameters"]
     assert {name: cells[name] for name, limit in LIMITS.items() if cells.get(name, 0) > limit} == {}
     assert cells["control"] > CONTROL

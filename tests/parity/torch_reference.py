@@ -1,6 +1,7 @@
-"""Networks of timm and torchvision as references."""
+"""Networks of timm, torchvision and torchxrayvision as references."""
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -8,8 +9,33 @@ from safetensors.torch import save_file
 
 from tests.parity import cpu_torchvision  # noqa: F401
 from tests.parity.cases import Case
-from tests.parity.references import Reference
+from tests.parity.references import Reference, record
 from tests.parity.released import bit_name
+
+
+class Backbone(torch.nn.Module):
+    """A network without its classifier, with the tensor names of RadImageNet's files; returns pooled features."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.backbone = torch.nn.Sequential(*list(network.children())[:-1])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.backbone(x).relu().mean((2, 3))
+
+
+def xrv_network(case: Case) -> torch.nn.Module:
+    """Returns torchxrayvision's network, whose ResNet can only be built from a file."""
+    import torchvision
+    import torchxrayvision as xrv
+
+    if case.name == "DenseNet":
+        return xrv.models.DenseNet()
+    network = torchvision.models.resnet50(num_classes=18)
+    network.conv1 = torch.nn.Conv2d(1, 64, 7, 2, 3, bias=False)
+    with TemporaryDirectory() as folder:
+        torch.save(network.state_dict(), Path(folder, record(case).filename))
+        return xrv.models.ResNet("resnet50-res512-all", cache_dir=folder).model
 
 
 class TorchReference(Reference):
@@ -18,10 +44,13 @@ class TorchReference(Reference):
             import timm
 
             model = timm.create_model(case.name)
+        elif case.library == "xrv":
+            model = xrv_network(case)
         else:
             import torchvision
 
             model = getattr(torchvision.models, case.name)()
+            model = Backbone(model) if case.headless else model
         for layer in model.modules():
             if isinstance(layer, torch.nn.Dropout):
                 layer.p = 0.0
@@ -55,7 +84,7 @@ class TorchReference(Reference):
 
     def feed(self, images: np.ndarray) -> torch.Tensor:
         """Converts normalized RGB images to the input of the network."""
-        return torch.from_numpy(images).to(self.dtype).permute(0, 3, 1, 2).contiguous()
+        return torch.from_numpy(images[..., : self.case.channels]).to(self.dtype).permute(0, 3, 1, 2).contiguous()
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
@@ -84,5 +113,7 @@ class TorchReference(Reference):
             np.savez(path, **{bit_name(name): self.file_array(value.numpy()) for name, value in state.items()})
         elif path.suffix == ".safetensors":
             save_file(state, path)
+        elif self.case.library == "xrv" and self.case.name == "DenseNet":  # as released: a module, before torch 1.6
+            torch.save(self.model, path, _use_new_zipfile_serialization=False)
         else:
             torch.save(state, path)

@@ -11,7 +11,7 @@ from weight_writers import FORMATS, HALVED, KERAS, TORCH, flat, install, leaves,
 
 import lungjax
 from lungjax.config import Config, InputSpec, ModelConfig
-from lungjax.weights import catalogue, identify, load
+from lungjax.weights import catalogue, download, identify, load
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (40, 50), dtype=np.uint8)
 
@@ -126,6 +126,47 @@ def test_slice_of_the_green_channel(zoo):
     variables, spec = lungjax.create("tiny", weights_dir=zoo, channels=1, gray="slice")[1:]
     np.testing.assert_array_equal(flat(variables)["stem_conv/kernel"], leaves()["stem_conv/kernel"][:, :, 1:2])
     assert (spec.mean, spec.std) == ((0.456,), (0.224,))
+
+
+def test_range_of_torchxrayvision():
+    config = resolved(name="densenet121", weights="xrv")
+    assert config.input.network_channels == 1 and config.model.epsilon == 1e-5
+    image = np.arange(256, dtype=np.uint8).repeat(4).reshape(32, 32)
+    # torchxrayvision.utils.normalize(image, 255), version 1.5.7
+    expected = (2 * (image.astype(np.float32) / 255) - 1.0) * 1024
+    np.testing.assert_array_equal(lungjax.preprocess(image, config.input)[0, :, :, 0], expected)
+
+
+def test_one_channel_weights_without_classifier(zoo, monkeypatch):
+    spec = replace(HALVED.input, channels=1, mean=(0.5,), std=(1 / 2048,))
+    record = replace(HALVED, name="tiny.xray", filename="xray.safetensors", input=spec, classes=0)
+    monkeypatch.setattr(catalogue, "RECORDS", (*catalogue.RECORDS, record))
+    ours = {path: leaf for path, leaf in leaves(channels=1).items() if not path.startswith("head/")}
+    path = write(zoo, "safetensors", ours, "xray.safetensors")
+    _, variables, created = lungjax.create("tiny", "xray", 3, weights_dir=zoo)
+    assert (created.channels, created.mean, created.network_channels) == (1, (0.5,), 1)
+    for name, leaf in ours.items():
+        np.testing.assert_array_equal(flat(variables)[name], leaf)
+    with pytest.raises(ValueError, match=r"tiny.xray: the file has no classifier; set classes"):
+        lungjax.create("tiny", "xray", weights_dir=zoo)
+    with pytest.raises(ValueError, match=r"the weights need input.channels=1, but the images have 3"):
+        lungjax.create("tiny", "xray", 3, channels=3, weights_dir=zoo)
+    with pytest.raises(ValueError, match="xray weights exist for tiny"):
+        resolved(name="wide", weights="xray")
+    path.rename(zoo / "renamed")
+    assert identify.identify(zoo / "renamed").endswith("the tensors of tiny.xray; the file has no published checksum")
+
+
+def test_weights_of_a_web_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUNGJAX_WEIGHTS", str(tmp_path))
+    record = catalogue.find("resnet50.radimagenet")
+    for find in (download.locate, download.download):
+        with pytest.raises(ValueError, match=r"in a browser from https://drive\.google.* as RadImageNet-ResNet50"):
+            find(record)
+    (tmp_path / "mirror").mkdir()
+    (tmp_path / "mirror" / record.filename).write_bytes(b"weights")
+    monkeypatch.setenv("LUNGJAX_WEIGHTS_URL", f"file://{tmp_path}/mirror")
+    assert download.download(record).read_bytes() == b"weights"
 
 
 def test_fold_of_unequal_channels():

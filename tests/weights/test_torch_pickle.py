@@ -14,6 +14,8 @@ from lungjax.weights.readers import open_tensors
 BOTH = pytest.mark.parametrize("write", [write_zip, torch_writers.write_stream])
 NUMBERS = np.arange(24, dtype=np.float32).reshape(4, 6)
 RAW = {"0": NUMBERS.tobytes()}
+module = torch_writers.module
+LAYER, NETWORK = name("torch.nn.modules.conv", "Conv2d"), name("torchxrayvision.models", "DenseNet")
 
 
 @BOTH
@@ -50,6 +52,50 @@ def test_removal_of_wrappers(tmp_path, write):
     for wrapper in ("model", "state_dict"):
         tree = mapping(epoch=number(3), **{wrapper: state_dict({"module.a": array_of("0", NUMBERS)})})
         np.testing.assert_array_equal(open_tensors(write(tmp_path / "w", tree, RAW))["a"], NUMBERS)
+
+
+@BOTH
+def test_pickled_module(tmp_path, write):
+    """torchxrayvision's DenseNet files are modules; the older format stores the source code of their classes."""
+    kinds = [LAYER, NETWORK]
+    if write is torch_writers.write_stream:
+        kinds = [row(text("module"), kind, text("models.py"), text("raise SystemExit")) + b"Q" for kind in kinds]
+    parameter = call(name("torch._utils", "_rebuild_parameter"), array_of("0", NUMBERS), b"\x88", b"}")
+    names = call(name("__builtin__", "set"), b"](" + text("b") + b"e")
+    backend = call(name("torch.nn.backends.thnn", "_get_thnn_function_backend"))
+    layer = module(
+        kinds[0], text("weight") + parameter + text("bias") + b"N", text("mean") + array_of("1", NUMBERS[0]),
+        stride=row(number(2), number(2)), _non_persistent_buffers_set=names, _backend=backend,
+    )  # fmt: skip
+    features = module(kinds[1], modules=text("conv0") + layer)
+    tree = module(kinds[1], modules=text("features") + features + text("x") + b"N")
+    for saved in (tree, mapping(model=tree)):
+        tensors = open_tensors(write(tmp_path / "w", saved, RAW | {"1": NUMBERS[0].tobytes()}))
+        assert list(tensors) == ["features.conv0.weight", "features.conv0.mean"]
+        np.testing.assert_array_equal(tensors["features.conv0.weight"], NUMBERS)
+        np.testing.assert_array_equal(tensors["features.conv0.mean"], NUMBERS[0])
+
+
+@BOTH
+def test_crafted_modules(tmp_path, write):
+    leaf, new, put, get = text("w") + array_of("0", NUMBERS), NETWORK + b")\x81", b"r\1\0\0\0", b"j\1\0\0\0"
+    shared = new + mapping(_parameters=get, _buffers=b"}", _modules=get) + b"b"
+    twice = module(NETWORK, modules=text("a") + get + text("b") + get)
+    loop = new + put + mapping(_parameters=b"}", _buffers=b"}", _modules=mapping(a=get)) + b"b"
+    for tree, word in (
+        # Small files whose names would fill the memory.
+        (mapping(a=b"}" + put, model=shared), "two places"), (loop, "two places"),
+        (mapping(a=module(NETWORK, leaf) + put, model=twice), "two places"),
+        (module(NETWORK, modules=text("a" * 1000) + module(LAYER, leaf)), "too long"),
+        (module(NETWORK, text("a" * 1001) + b"N"), "too long"),
+        (module(NETWORK, modules=text("a") + array_of("0", NUMBERS)), "Tensor"), (new, "_parameters"),
+        (module(NETWORK, text("a") + text("b")), "not tensors"), (new + row(number(1)) + b"b", "attributes"),
+        (NETWORK + row(number(1)) + b"\x81", "object"), (call(NETWORK, number(1)), "not callable"),
+        (NETWORK, "no tensors"), (NETWORK + mapping(a=b"N") + b"b", "damaged"),
+        (module(name("torch.nn.modules_x", "A"), leaf), "asks for"), (module(name("os", "system"), leaf), "asks for"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=word):
+            open_tensors(write(tmp_path / "w", tree, RAW if b"FloatStorage" in tree else {}))
 
 
 def attacks(marker):

@@ -1,4 +1,4 @@
-"""DenseNet: files from Keras and torchvision; timm has torchvision's tensor names."""
+"""DenseNet: files from Keras and torchvision; timm and torchxrayvision have torchvision's tensor names."""
 
 from lungjax.weights.convert import Rules, blocks
 
@@ -21,4 +21,12 @@ TORCH_LAYERS = (
     (r"features\.transition(\d)\.norm", r"stage\1_transition/bn"),
     (r"features\.transition(\d)\.conv", r"stage\1_transition/conv"), ("classifier", "head/dense"),
 )  # fmt: skip
-RULES = {"keras": Rules(KERAS_LAYERS), "torchvision": Rules(TORCH_LAYERS, torch=True)}
+RULES = {
+    "keras": Rules(KERAS_LAYERS),
+    # The first kernel in the file is for BGR images.
+    "keras_bgr": Rules(KERAS_LAYERS, special=((r"^stem_conv/kernel$", lambda array, shape: array[:, :, ::-1]),)),
+    "torchvision": Rules(TORCH_LAYERS, torch=True),
+    "radimagenet": Rules(
+        tuple((pattern.replace("features", r"backbone\.0"), path) for pattern, path in TORCH_LAYERS), torch=True
+    ),
+}

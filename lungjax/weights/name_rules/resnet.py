@@ -1,4 +1,4 @@
-"""ResNet: Keras v1 files, Keras V2 files, and the names that torchvision and timm share."""
+"""ResNet: Keras v1 files, Keras V2 files, the names that torchvision, timm and torchxrayvision share, RadImageNet."""
 
 from lungjax.weights.convert import Rules, blocks
 
@@ -18,10 +18,18 @@ TORCH = Rules(
     ),
     torch=True,
 )  # fmt: skip
+RADIMAGENET = Rules(  # the children of torchvision's network by number
+    (
+        (r"backbone\.0", "stem_conv"), (r"backbone\.1", "stem_bn"),
+        blocks(r"backbone\.([4-7])\.(\d+)\.", TORCH_LAYERS, stage=-3, block=1),
+    ),
+    torch=True,
+)  # fmt: skip
 RULES = {
     # The first kernel in the file is for BGR images.
     "keras": Rules(KERAS, special=((r"^stem_conv/kernel$", lambda array, shape: array[:, :, ::-1]),)),
     "keras_v2": Rules(KERAS),
     "torchvision": TORCH,
     "timm": TORCH,
+    "radimagenet": RADIMAGENET,
 }
