@@ -165,7 +165,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     if test["by_source"]:
         tables.append(_sources(test["by_source"], classes, unit))
     if "calibration" in report:
-        tables.append(_calibration(report["calibration"]))
+        tables += [_calibration(report["calibration"]), _recalibration(report["calibration"])]
     tables += _operating_points(config, report.get("operating_points", {}), unit)
     if report["controls"]:
         tables.append(_controls(report, unit))
@@ -240,6 +240,21 @@ def _calibration(calibration: Mapping[str, Any]) -> Table:
         "prediction, the service and the exports use the calibrated probabilities."
     )
     return Table(["test probabilities", *(METRICS[name] for name in names)], rows, "Calibration", note)
+
+
+def _recalibration(calibration: Mapping[str, Any]) -> Table:
+    kinds = ("uncalibrated", "calibrated")
+    rows = [
+        [name, *(number(calibration[kind]["per_class"][name], key) for key in ("slope", "intercept") for kind in kinds)]
+        for name in calibration["calibrated"]["per_class"]
+    ]
+    note = (
+        "Log odds of the class against the rest = intercept + slope x log odds of its predicted probability, fitted on "
+        "test by logistic regression. Slope 1 and intercept 0 are perfect calibration; a slope below 1 means that the "
+        "probabilities are too extreme, and a positive intercept that, at even odds, they are too low."
+    )
+    head = ["class against the rest", *(f"{key}, {kind}" for key in ("slope", "intercept") for kind in kinds)]
+    return Table(head, rows, "Calibration slope and intercept (test)", note)
 
 
 def _operating_points(config: Config, points: Mapping[str, Any], unit: str) -> list[Table]:

@@ -93,7 +93,7 @@ def write_report(
         gain = bootstrap.paired_difference(source, test, ["auc_macro"], config.eval.draws)["auc_macro"]
         report["controls"]["source_only"]["gain"] = {k: getattr(gain, k) for k in ("difference", "low", "high")}
     if test.logits is not None and temperature != 1.0:
-        report["calibration"] = calibration.summary(test, temperature)
+        report["calibration"] = calibration.summary(test, temperature, config.eval.draws)
     if points is None and len(results.get("val", ())):
         points = operating_points.choose_all(results["val"], test, config.eval)
     if points:
