@@ -81,9 +81,9 @@ def plan(given: Mapping[str, float]) -> str:
         if n == MAX_PATIENTS:
             fixed = " and ".join(f"{count:,} {name}" for name, count in known.items()) or f"{n:,} patients"
             raise ValueError(f"--width={given['width']:g} is out of reach with {fixed}")
-    counts, (low, high) = numbers(n), interval(metric, given[metric], numbers(n))
-    patients = " and ".join(f"{count:,} {name}" for name, count in counts.items())
-    patients += f" ({sum(counts.values()):,} patients)" if len(counts) > 1 else ""
+    result, (low, high) = numbers(n), interval(metric, given[metric], numbers(n))
+    patients = " and ".join(f"{count:,} {name}" for name, count in result.items())
+    patients += f" ({sum(result.values()):,} patients)" if len(result) > 1 else ""
     return (
         f"{NAMES[metric]} {given[metric]:g}, {patients}: 95 % interval {low:.3f} to {high:.3f}, width {high - low:.3f}"
     )
