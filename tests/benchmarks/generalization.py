@@ -43,6 +43,8 @@ STUDY = ("xray_cnn,protocol=study", "xray_cnn,protocol=study,dropout=True", "xra
 STUDY_SEEDS = 5
 LABELS = "--label_map=COVID=covid,Normal=non,Pneumonia=non"  # of xray and of the study
 
+EXTERNAL = "external/folder_xray_all"  # folder of the tests on xray
+
 Commands = dict[Path, list[str]]
 
 
@@ -110,7 +112,7 @@ class Runs:
                 train |= self.command(folder, f"--experiment={name}", f"--set=train.seed={seed}", self.data)
                 # Some images of xray are in the study's train split.
                 options = ["--dataset=folder/xray", "--split=all", LABELS, "--overlap=drop", self.data]
-                if not (folder / "external/folder_xray_all/report.md").exists():
+                if not (folder / EXTERNAL / "report.md").exists():
                     command = ["lungjax.main", "--mode=evaluate", f"--workdir={folder}", *options]
                     test[self.work / "logs" / f"external-{folder.parent.name}-{seed}.log"] = command
         return train, test
@@ -138,9 +140,8 @@ def main() -> None:
         for commands in runs.study():
             harness.run_commands(commands, arguments.jobs)
         table = ["--table=covid_xray", f"--workdir={arguments.work / 'runs/study'}", f"--seeds={STUDY_SEEDS}"]
-        log = arguments.work / "logs/table.log"
-        harness.run_commands({log: ["lungjax.tables", *table, runs.data]}, 1)
-        print(log.read_text())
+        harness.run_commands({arguments.work / "logs/table.log": ["lungjax.tables", *table, runs.data]}, 1)
+        print_study(arguments.work / "runs/study")
 
 
 def print_tables(runs: Runs, name: str) -> None:
@@ -179,10 +180,26 @@ def print_tables(runs: Runs, name: str) -> None:
             if len(ensembles) == 2:
                 sources.append((f"{network}{label}", *ensembles))
     for title, rows in scores.items():
-        print(f"\n{name}, {title}:\n\n" + harness.table(["network", "seeds", *pooled.SCORES], rows), flush=True)
+        if rows:
+            table = harness.table(["network", "seeds", *pooled.SCORES], rows)
+            print(f"\n{name}, {title}:\n\n{table}", flush=True)
     if sources:
         print(f"\n{name}, ensemble on the test images of each source, seen → not seen in training:\n")
         print(by_source(sources), flush=True)
+
+
+def print_study(folder: Path) -> None:
+    """Prints the table of the X-ray study, and the scores of its networks on xray."""
+    from lungjax.evaluation import predictions
+    from lungjax.tables import pooled
+
+    print((folder / "tables/covid_xray.md").read_text())
+    rows = []
+    for network in sorted({path.parents[3] for path in folder.glob(f"*/*/{EXTERNAL}/report.md")}):
+        tests = [predictions.read(file) for file in network.glob(f"*/{EXTERNAL}/predictions_test.csv")]
+        cells = [pooled.score(tests, metric, 2000) for metric in pooled.SCORES.values()]
+        rows.append([network.name, len(tests), len(tests[0]), *cells])
+    print("\nxray, networks of the study:\n\n" + harness.table(["network", "seeds", "images", *pooled.SCORES], rows))
 
 
 def average(runs: Sequence[Any]) -> Any:
