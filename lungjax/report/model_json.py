@@ -83,7 +83,7 @@ def describe(
         modality=data.modality,
         positive=positive_class(config, data.classes),
         temperature=report.get("calibration", {}).get("temperature", 1.0),
-        aggregate=report["aggregate"],
+        aggregate=report.get("aggregate", "mean"),
         points=report.get("operating_points", {}),
         scores={level: _scores(report["test"][level]) for level in ("slice", "patient")},
         counts=facts.get("counts", {}),
