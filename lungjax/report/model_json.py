@@ -84,7 +84,7 @@ def describe(
         positive=positive_class(config, data.classes),
         tta=config.eval.tta,
         temperature=report.get("calibration", {}).get("temperature", 1.0),
-        aggregate=report["aggregate"],
+        aggregate=report.get("aggregate", "mean"),
         points=report.get("operating_points", {}),
         scores={level: _scores(report["test"][level]) for level in ("slice", "patient")},
         counts=facts.get("counts", {}),
