@@ -71,6 +71,8 @@ def main(argv: list[str]) -> None:
     from lungjax.inference.model import load
 
     model = load(FLAGS.model)
+    if model.metadata.members:
+        print(f"{model.metadata.name}. {model.metadata.about['warnings'][0]}")  # where its operating points come from
     if FLAGS.explain:
         print(f"Saliency maps by {model.check_method(FLAGS.method)}")
     records.check_rule(model.metadata, FLAGS.rule)

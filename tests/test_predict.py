@@ -44,6 +44,13 @@ def lines(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+class Models(dict):
+    """Models by name, in place of `model.load`."""
+
+    def load(self, path):
+        return self["".join(path)]  # a name, or a list with one name
+
+
 @pytest.fixture
 def command(trained_run, tmp_path):
     """Runs the command with the trained model; returns its exit code."""
@@ -59,7 +66,7 @@ def command(trained_run, tmp_path):
 def by_brightness(monkeypatch, command):
     """Runs the command with a model whose probability of "bright" is the mean gray level."""
     models = {"model": brightness(hu_windows=WINDOW), "gate": brightness(plane="coronal", position="mid")}
-    monkeypatch.setattr(model, "load", lambda path, models=models: models["".join(path)])
+    monkeypatch.setattr(model, "load", Models(models).load)
     return partial(command, model="model")
 
 
@@ -331,7 +338,7 @@ def test_modality_of_scans(by_brightness, monkeypatch, tmp_path):
     names = [tmp_path / name for name in ("ct", "v.nii", "plain.png", "x.dcm")]
     for modality, expected in (("ct", {"x.dcm"}), ("xray", {"IM", "v.nii"}), ("", set())):
         models = {"model": brightness(modality=modality), "gate": brightness(plane="coronal", modality=modality)}
-        monkeypatch.setattr(model, "load", lambda path, models=models: models["".join(path)])
+        monkeypatch.setattr(model, "load", Models(models).load)
         assert by_brightness(*names, gate="gate", gate_class="bright", overwrite=True) == 0
         rows, series = table(tmp_path / "out/predictions.csv"), table(tmp_path / "out/series.csv")
         warnings = {name.partition("#")[0]: row["warnings"] for name, row in rows.items() if row["warnings"]}
@@ -350,7 +357,7 @@ def test_orientation_of_the_training_images(tmp_path, monkeypatch, by_brightness
         np.testing.assert_allclose(down, expected, atol=1)  # rounding
     gate, seen = brightness(plane="coronal", position="mid", orientation="rotated"), []
     gate = replace(gate, forward=lambda pixels, forward=gate.forward: seen.append(pixels[0]) or forward(pixels))
-    monkeypatch.setattr(model, "load", {"gate": gate, "model": brightness()}.__getitem__)
+    monkeypatch.setattr(model, "load", Models({"gate": gate, "model": brightness()}).load)
     scans.nifti(tmp_path / "v.nii", scans.body((6, 6, 8)))
     by_brightness(tmp_path / "v.nii", gate="gate", gate_class="bright")
     # The body is brighter at the head than at the foot, and brighter on the left than on the right.

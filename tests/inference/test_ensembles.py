@@ -45,38 +45,37 @@ def pair(trained_run, tmp_path_factory):
     return root / "a", root / "b"
 
 
+@pytest.fixture(scope="module")
+def members(pair):
+    return [lungjax.load(run) for run in pair]
+
+
 @pytest.fixture(autouse=True)
 def configured(monkeypatch):
     monkeypatch.setattr(environment, "prepare_jax", lambda: None)
 
 
-def logits_by_hand(run, pixels):
-    """Logits of a plain forward pass for uint8 [B, H, W, 1]."""
-    network = lungjax.load(run).network
-    x = (pixels.astype(np.float32) / 255 - 0.3) / 0.2
-    return np.asarray(jax.jit(lambda v, x: network.module.apply(v, x, train=False)[0])(network.variables, x))
+def mirrored_logits(model, pictures):
+    """Mean logits of plain forward passes over images and their mirrors."""
+    pixels, network = np.stack([model.prepare(each).pixels for each in pictures]), model.network
+    forward = jax.jit(lambda v, x: network.module.apply(v, x, train=False)[0])
+    views = [(x.astype(np.float32) / 255 - 0.3) / 0.2 for x in (pixels, np.flip(pixels, axis=2))]
+    return np.mean([forward(network.variables, x) for x in views], axis=0)
 
 
-def mirrored_logits(run, pictures):
-    pixels = np.stack([lungjax.load(run).prepare(each).pixels for each in pictures])
-    return (logits_by_hand(run, pixels) + logits_by_hand(run, np.flip(pixels, axis=2))) / 2
-
-
-def test_tta_is_the_mean_over_the_mirror_image(pair, trained_run):
-    run = pair[1]
-    temperature = metadata.read(run / "model.json").temperature
-    expected = mirrored_logits(run, PICTURES)
-    np.testing.assert_allclose(lungjax.load(run).logits(PICTURES), expected, atol=1e-5)
-    p = special.softmax(expected / temperature, axis=1)
-    np.testing.assert_allclose(lungjax.load(run).predict(PICTURES), p, atol=2e-6)
+def test_tta_is_the_mean_over_the_mirror_image(pair, members, trained_run, tmp_path):
+    run, model = pair[1], members[1]
+    expected = mirrored_logits(model, PICTURES)
+    np.testing.assert_allclose(model.logits(PICTURES), expected, atol=1e-5)
+    p = special.softmax(expected / model.metadata.temperature, axis=1)
+    np.testing.assert_allclose(model.predict(PICTURES), p, atol=2e-6)
     saved = predictions.read(run / "predictions_test.csv")
     images = [np.asarray(Image.open(trained_run.images / name)) for name in saved.ids]
-    np.testing.assert_allclose(saved.logits, mirrored_logits(run, images), atol=1e-5)
-    model, network = lungjax.load(run), replace(lungjax.load(run).metadata, tta="none")
+    np.testing.assert_allclose(saved.logits, mirrored_logits(model, images), atol=1e-5)
     pixels, targets = np.stack([model.prepare(each).pixels for each in PICTURES]), np.arange(5) % 3
-    (run.parent / "plain").exists() or shutil.copytree(run, run.parent / "plain")
-    (run.parent / "plain/model.json").write_text(network.to_json())
-    plain = lungjax.load(run.parent / "plain")
+    shutil.copytree(run, tmp_path / "plain")
+    (tmp_path / "plain/model.json").write_text(replace(model.metadata, tta="none").to_json())
+    plain = lungjax.load(tmp_path / "plain")
     for method in ("gradcam", "integrated_gradients"):
         flipped = plain.maps(np.ascontiguousarray(pixels[:, :, ::-1]), targets, method)[:, :, ::-1]
         maps = (plain.maps(pixels, targets, method) + flipped) / 2
@@ -92,18 +91,19 @@ def test_tta_of_a_finished_run(pair, trained_run, tmp_path, no_pictures):
     assert commands.run(main, "--mode=evaluate", f"--workdir={run}", data, "--set=eval.tta=flip") == 0
     saved = predictions.read(run / "predictions_test.csv")
     images = [np.asarray(Image.open(trained_run.images / name)) for name in saved.ids]
-    np.testing.assert_allclose(saved.logits, mirrored_logits(run, images), atol=1e-5)
-    np.testing.assert_allclose(lungjax.load(run).predict(images), saved.probabilities, atol=2e-6)
+    model = lungjax.load(run)
+    np.testing.assert_allclose(saved.logits, mirrored_logits(model, images), atol=1e-5)
+    np.testing.assert_allclose(model.predict(images), saved.probabilities, atol=2e-6)
     assert commands.run(main, "--mode=evaluate", f"--workdir={run}", data, "--dataset=folder/mine") == 0
     external = predictions.read(run / "external/folder_mine/predictions_test.csv")
     np.testing.assert_allclose(external.probabilities, saved.probabilities, atol=2e-6)
 
 
-def test_equal_numbers_of_an_ensemble(pair, tmp_path, monkeypatch):
-    model = lungjax.load(pair)
-    expected = np.mean([lungjax.load(run).predict(PICTURES) for run in pair], axis=0)
+def test_equal_numbers_of_an_ensemble(pair, members, tmp_path, monkeypatch, capsys):
+    model = replace(lungjax.load(pair), batch_size=2)
+    expected = np.mean([each.predict(PICTURES) for each in members], axis=0)
     np.testing.assert_allclose(model.predict(PICTURES), expected, atol=2e-6)
-    plain = np.mean([special.softmax(lungjax.load(run).logits(PICTURES), axis=1) for run in pair], axis=0)
+    plain = np.mean([special.softmax(each.logits(PICTURES), axis=1) for each in members], axis=0)
     np.testing.assert_allclose(special.softmax(model.logits(PICTURES), axis=1), plain, atol=2e-6)
     files, given = [tmp_path / f"{i}.png" for i in range(5)], f"--model={pair[0]},{pair[1]}"
     for file, image in zip(files, PICTURES, strict=True):
@@ -116,6 +116,7 @@ def test_equal_numbers_of_an_ensemble(pair, tmp_path, monkeypatch):
     assert exported.metadata == model.metadata
     np.testing.assert_allclose(exported.predict(files), expected, atol=2e-6)
     assert commands.run(predict, given, *files, f"--out={tmp_path / 'out'}", positional=("PATH...",)) == 0
+    assert "ensemble of 2. The operating points were chosen on" in capsys.readouterr().out
     results = [json.loads(line) for line in (tmp_path / "out/predictions.jsonl").read_text().splitlines()]
     with running(model) as service:
         results += service.post("/predict", *((file.name, file.read_bytes()) for file in files))[1]["results"]
@@ -128,9 +129,9 @@ def test_equal_numbers_of_an_ensemble(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "draw", lambda *given: heats.append(given[2:4]))
     images = f"--images={','.join(map(str, files))}"
     assert commands.run(explain, given, images, f"--out={tmp_path / 'maps'}") == 0
-    members = [lungjax.load(run).explain(PICTURES, targets) for run in pair]
-    small = [Image.fromarray(heat).resize((32, 32), Image.Resampling.BILINEAR) for heat in members[1]]
-    mean = (members[0] + np.stack(list(map(np.asarray, small)))) / 2
+    first, second = (each.explain(PICTURES, targets) for each in members)
+    small = [Image.fromarray(heat).resize((32, 32), Image.Resampling.BILINEAR) for heat in second]
+    mean = (first + np.stack(list(map(np.asarray, small)))) / 2
     np.testing.assert_allclose([heat for _, heat in heats], mean, atol=1e-4)
     np.testing.assert_allclose(exported.explain(PICTURES), mean, atol=1e-4)
     assert [shown.shape for shown, _ in heats] == [(32, 32, 1)] * 5
