@@ -314,7 +314,10 @@ def _characteristics(splits: Mapping[str, Any] | None) -> Table | None:
         parts = [(s["columns"].get(name, {}), s["groups"]) for s in splits.values()]
         if any("median" in part for part, _ in parts):
             spans = [f"{p['median']:g} ({p['low']:g} to {p['high']:g})" if p else "-" for p, _ in parts]
-            rows += [[f"{name}, median (quartiles)", *spans], [f"{name}, missing", *(p.get("missing") for p, _ in parts)]]
+            rows += [
+                [f"{name}, median (quartiles)", *spans],
+                [f"{name}, missing", *(p.get("missing") for p, _ in parts)],
+            ]
             continue
         for value in {value: None for part, _ in parts for value in part}:
             cells = [f"{p.get(value, 0):,} ({100 * p.get(value, 0) / n:.0f} %)" for p, n in parts]

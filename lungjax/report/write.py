@@ -94,7 +94,9 @@ def write_report(
         gain = bootstrap.paired_difference(source, test, ["auc_macro"], config.eval.draws)["auc_macro"]
         report["controls"]["source_only"]["gain"] = {k: getattr(gain, k) for k in ("difference", "low", "high")}
     if summary and "flow" in summary and "characteristics" in facts:
-        report["flow"] = _flow(summary, facts["characteristics"], "clean" if "external" in facts else config.data.protocol)
+        report["flow"] = _flow(
+            summary, facts["characteristics"], "clean" if "external" in facts else config.data.protocol
+        )
     if test.logits is not None and temperature != 1.0:
         report["calibration"] = calibration.summary(test, temperature)
     if points is None and len(results.get("val", ())):
