@@ -52,10 +52,12 @@ CAPTIONS = {
     "pr.png": "Precision-recall curves, test {}s.",
     "reliability.png": "Reliability diagram, test {}s: accuracy by confidence.",
     "decision_curve.png": "Decision curves, test {}s: net benefit of each class against the rest.",
+    "flow.png": "Flow of images from the source folder to the splits of this run.",
     "examples.png": "Network input, test images: a sample of correct predictions, and the most confident wrong ones.",
     "mistakes.png": "Worst mistakes, test {}s, each with the heat map of its predicted class (yellow: highest).{}",
     "training.png": "Training: the train loss includes class weights and label smoothing, if any.",
 }
+CHARACTERISTICS = {"images": "images", "patients": "groups"}
 LEAKS = {
     "images": "images",
     "exact_twin_in_train": "exact copy in train",
@@ -96,6 +98,7 @@ def build(
             text=True,
         ),
         "counts": _counts(facts.get("counts")),
+        "characteristics": _characteristics(facts.get("characteristics")),
         "about": about or {},
         "summary": summary,
         "prepared": _prepared(summary) if summary else [],
@@ -162,8 +165,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
         rows = [[name, *counts] for name, counts in zip(classes, level["confusion"], strict=True)]
         confusion = Table(["true / predicted", *classes], rows, f"Confusion, per {noun} (test)")
         tables += [_classes(noun, level), confusion]
-    if test["by_source"]:
-        tables.append(_sources(test["by_source"], classes, unit))
+    tables += [_subgroups(column, groups, classes, unit) for column, groups in test["subgroups"].items()]
     if "calibration" in report:
         tables += [_calibration(report["calibration"]), _recalibration(report["calibration"])]
     tables += _operating_points(config, report.get("operating_points", {}), unit)
@@ -189,7 +191,7 @@ def _folds(folds: Mapping[str, Any], classes: Sequence[str], units: Sequence[str
     tables = [Table(["", "mean", "min", "max", *names], rows, title)]
     if "sources" not in folds:
         return tables
-    tables += [_sources(folds["patients"], classes, "patient")] if len(units) > 1 else []
+    tables += [_subgroups("source", folds["patients"], classes, "patient")] if len(units) > 1 else []
     note = (
         "Both networks were tested on the same images: those from the source in the test split of the data set. The "
         "network of the ordinary split was trained on other patients from this source, the other one on none. The drop "
@@ -220,13 +222,17 @@ def _classes(unit: str, level: Mapping[str, Any]) -> Table:
     return Table(head, rows, f"Classes, per {unit} (test)")
 
 
-def _sources(by_source: Mapping[str, Any], classes: Sequence[str], unit: str) -> Table:
+def _subgroups(column: str, groups: Mapping[str, Any], classes: Sequence[str], unit: str) -> Table:
+    with_patients = unit != "patient"
     rows = [
-        [source, n["n"], *(n["per_class"][c]["n"] for c in classes), *(number(n, name) for name in COMPARED)]
-        for source, n in sorted(by_source.items(), key=lambda item: (-item[1]["n"], item[0]))
-    ]
-    head = ["source", "n", *classes, *(SHORT_METRICS[name] for name in COMPARED)]
-    return Table(head, rows, f"Sources, per {unit} (test)")
+        [
+            value, *([n["patients"]] if with_patients else ()), n["n"], *(n["per_class"][c]["n"] for c in classes),
+            *(number(n, name) for name in COMPARED),
+        ]
+        for value, n in sorted(groups.items(), key=lambda item: (-item[1]["n"], item[0]))
+    ]  # fmt: skip
+    head = [column, *(["patients"] if with_patients else ()), "n", *classes, *(SHORT_METRICS[m] for m in COMPARED)]
+    return Table(head, rows, f"Subgroups by {column}, per {unit} (test)")
 
 
 def _calibration(calibration: Mapping[str, Any]) -> Table:
@@ -311,6 +317,28 @@ def _counts(counts: Mapping[str, Mapping[str, int]] | None) -> Table | None:
     classes = list(next(iter(counts.values())))
     rows = [[split, *(n.get(c, 0) for c in classes), sum(n.values())] for split, n in counts.items()]
     return Table(["split", *classes, "all"], rows)
+
+
+def _characteristics(splits: Mapping[str, Any] | None) -> Table | None:
+    """Returns the table of images, patients and kept columns per split."""
+    if not splits:
+        return None
+    rows: list[list[Any]] = [[name, *(s[key] for s in splits.values())] for name, key in CHARACTERISTICS.items()]
+    columns: dict[str, Any] = {name: None for s in splits.values() for name in s["columns"]}
+    for name in columns:
+        parts = [(s["columns"].get(name, {}), s["groups"]) for s in splits.values()]
+        if any("median" in part for part, _ in parts):
+            spans = [f"{p['median']:g} ({p['low']:g} to {p['high']:g})" if p else "-" for p, _ in parts]
+            rows += [
+                [f"{name}, median (quartiles)", *spans],
+                [f"{name}, missing", *(p.get("missing") for p, _ in parts)],
+            ]
+            continue
+        for value in {value: None for part, _ in parts for value in part}:
+            cells = [f"{p.get(value, 0):,} ({100 * p.get(value, 0) / n:.0f} %)" for p, n in parts]
+            rows.append([f"{name}: {value}", *cells])
+    note = "Columns of the data set are counted per patient; a patient with several values counts for each."
+    return Table(["", *splits], rows, "Data per split", note if columns else "")
 
 
 def _prepared(summary: Mapping[str, Any]) -> list[Table]:

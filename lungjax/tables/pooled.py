@@ -44,7 +44,7 @@ def markdown(folder: Path, draws: int) -> str:
             scores = [score(runs, metric, draws) for metric in SCORES.values()]
             scores.append(score(no_lungs, "slice.auc_macro", draws))
             rows.append([first, model.name, model.weights, len(folders), *scores])
-            parts = [metrics.by_source(p) for p in runs]
+            parts = [metrics.subgroups(p).get("source", {}) for p in runs]
             sizes = {name: len(p) for part in parts for name, p in part.items()}
             sources = tuple(sorted(sizes.items(), key=lambda item: item[1], reverse=True))
             pools_by_source = [[part[name] for part in parts if name in part] for name, _ in sources]

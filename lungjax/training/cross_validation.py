@@ -14,7 +14,7 @@ import numpy as np
 from lungjax import config as configs
 from lungjax import datasets
 from lungjax.config import Config, overrides
-from lungjax.data import folds, pipeline
+from lungjax.data import folds, pipeline, summary
 from lungjax.data.prepared import Prepared
 from lungjax.evaluation import bootstrap, metrics, predictions
 from lungjax.evaluation.predictions import Predictions
@@ -188,12 +188,14 @@ def _facts(folders: Sequence[Path], fold_predictions: Sequence[Predictions], dat
     fold_facts = [json.loads((folder / "report.json").read_text("utf-8"))["facts"] for folder in folders]
     items = fold_facts[0].items()
     shared = {k: v for k, v in items if k in SHARED_FACTS and all(facts.get(k) == v for facts in fold_facts)}
-    counts = np.bincount(data.columns["label"][data.columns["split"] != ""], minlength=len(data.classes))
+    rows = np.flatnonzero(data.columns["split"] != "")
+    counts = np.bincount(data.columns["label"][rows], minlength=len(data.classes))
     sizes = [len(p) for p in fold_predictions]  # may differ, since near duplicates are in the same fold
     span = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
     return {
         **workdirs.data_facts(data),
         "counts": {"test": dict(zip(data.classes, counts.tolist(), strict=True))},
+        "characteristics": summary.characteristics(data, {"test": rows}),
         **shared,
         **provenance.facts(),
         "folds": {"count": len(folders), "images": sizes, "over": spread(fold_predictions)},

@@ -14,7 +14,7 @@ from scipy.special import logsumexp, softmax
 
 from lungjax import datasets
 from lungjax.config import Config, metadata, nearest, overrides
-from lungjax.data import pipeline
+from lungjax.data import pipeline, summary
 from lungjax.data.prepared import SPLITS, Prepared
 from lungjax.datasets import overlap
 from lungjax.evaluation import baselines, predictions
@@ -109,6 +109,7 @@ def evaluate(
         "classes": list(mapping.classes),
         "fingerprint": other.fingerprint,
         "counts": {"test": dict(zip(mapping.classes, counts.tolist(), strict=True))},
+        "characteristics": summary.characteristics(view),
         "best_step": step,
         "seconds": round(time.time() - started, 1),
         "external": {

@@ -76,6 +76,7 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         **workdirs.data_facts(run.data),
         "counts": {split: counts["images"] for split, counts in summary.split_counts(run.data).items()},
+        "characteristics": summary.characteristics(run.data),
         "parameters": sum(x.size for x in trees.flatten(run.program.abstract_state.params).values()),
         "steps": run.program.steps,
         "compute_type": str(np.dtype(run.program.module.dtype)),

@@ -150,7 +150,7 @@ def test_each_source_left_out_once(root, monkeypatch, tmp_path):
         assert facts["drop"][source]["n"] == len(both)
         assert drop["difference"] == pytest.approx(np.mean(recalls[0]) - np.mean(recalls[1]))
     text = (workdir / "report.md").read_text()
-    assert "Drop from the ordinary split, per image" in text and "Sources, per patient (test)" in text
+    assert "Drop from the ordinary split, per image" in text and "Subgroups by source, per patient (test)" in text
     assert "2 sources, each left out once" in text and "may recognize the source" not in text
     with pytest.raises(ValueError, match="fold1 does not belong|ordinary does not belong"):
         cross_validation.run(changed(), 3, workdir, root / "data")
