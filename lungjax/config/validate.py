@@ -13,8 +13,8 @@ NOT_NEGATIVE = (
     "train.epochs", "train.devices", "eval.batch_size", "optim.schedule_steps", "eval.draws",
 )  # fmt: skip
 FRACTIONS_BELOW_ONE = (
-    "optim.label_smoothing", "optim.ema", "model.momentum", "model.head.dropout", "model.head.hidden_dropout", "model.drop_path",
-    "model.dropout",
+    "optim.label_smoothing", "optim.ema", "model.momentum", "model.head.dropout", "model.head.hidden_dropout",
+    "model.drop_path", "model.dropout",
 )  # fmt: skip
 FRACTIONS = ("eval.sensitivity",)
 
