@@ -24,7 +24,7 @@ from lungjax.runtime import mesh as meshes
 from lungjax.runtime.checkpoint import newest
 from lungjax.training import metrics_log, optim, program, setup
 
-# Has all that must survive an interruption: dropout, augmentation, mixing, a schedule, frozen parameters, an average.
+# Has what must survive an interruption: dropout, augmentation, mixing, a schedule, frozen and averaged parameters.
 CONFIG = Config(
     name="small",
     input=InputSpec(size=(32, 32)),

@@ -39,7 +39,10 @@ def create(
     ema: bool = False,
     start: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """Initializes a state with the variables of `init`; those at `frozen` paths get no optimizer state or average."""
+    """Initializes a state with the variables of `init`, and averages if `ema`.
+
+    `frozen` are paths of parameters without optimizer state or average.
+    """
     variables = init(module, image_shape, seed, start)
     trained = trees.split(variables["params"], frozen)[0]
     average = {"params": trained, "batch_stats": variables["batch_stats"]} if ema else {}

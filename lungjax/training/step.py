@@ -84,17 +84,16 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, params)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-    params, ema = optax.apply_updates(params, updates), state.ema
-    if config.optim.ema:
-        variables = {"params": params, "batch_stats": batch_stats}
-        ema = optim.average(config.optim.ema, state.step - state.bad_steps, ema, variables)
     updated = state.replace(
         step=state.step + 1,
-        params=trees.merge(params, frozen_params),
+        params=trees.merge(optax.apply_updates(params, updates), frozen_params),
         batch_stats=batch_stats,
         opt_state=opt_state,
-        ema=ema,
     )
+    if config.optim.ema:
+        variables = {"params": trees.split(updated.params, frozen)[0], "batch_stats": batch_stats}
+        good_steps = state.step - state.bad_steps
+        updated = updated.replace(ema=optim.average(config.optim.ema, good_steps, state.ema, variables))
     state = non_finite.select(config.train.on_nan, finite, updated, state)
     return state, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "finite": finite}
 
