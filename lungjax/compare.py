@@ -164,9 +164,8 @@ def _test_row(name: str, letter: str, test: DeLong | McNemar, adjusted: float) -
     if isinstance(test, McNemar):
         kind, result = "McNemar", f"correct: only {letter} {test.only_b}, only A {test.only_a}, of {test.pairs}"
     else:
-        kind = "DeLong, clustered by patient" if test.clustered else "DeLong"
         low, high = test.interval
-        result = f"{letter} - A: {test.difference:+.3f} ({low:+.3f} to {high:+.3f})"
+        kind, result = "DeLong", f"{letter} - A: {test.difference:+.3f} ({low:+.3f} to {high:+.3f})"
     return [name, kind, result, _p(test.p), _p(adjusted)]
 
 

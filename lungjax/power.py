@@ -25,7 +25,6 @@ from lungjax.evaluation import bootstrap
 FLAGS = flags.FLAGS
 MAX_PATIENTS = 10**9
 COUNTS = {"auc": ("positives", "negatives"), "sensitivity": ("positives",), "specificity": ("negatives",)}
-NAMES = {"auc": "AUC", "sensitivity": "Sensitivity", "specificity": "Specificity"}
 
 
 def define_flags() -> None:
@@ -84,9 +83,8 @@ def plan(given: Mapping[str, float]) -> str:
     result, (low, high) = numbers(n), interval(metric, given[metric], numbers(n))
     patients = " and ".join(f"{count:,} {name}" for name, count in result.items())
     patients += f" ({sum(result.values()):,} patients)" if len(result) > 1 else ""
-    return (
-        f"{NAMES[metric]} {given[metric]:g}, {patients}: 95 % interval {low:.3f} to {high:.3f}, width {high - low:.3f}"
-    )
+    name = metric.replace("auc", "AUC")
+    return f"{name} {given[metric]:g}, {patients}: 95 % interval {low:.3f} to {high:.3f}, width {high - low:.3f}"
 
 
 def interval(metric: str, value: float, counts: Mapping[str, int]) -> tuple[float, float]:

@@ -21,8 +21,7 @@ from lungjax.evaluation.predictions import Predictions
 
 BOUNDS = (0.05, 20.0)  # of the temperature; without misclassified examples the optimum is zero
 SCORES = ("ece", "brier", "loss")
-POINTS = 500  # of the logistic regressions of a bootstrap
-NEWTON_STEPS = 6
+POINTS = 500  # of a logistic regression in a bootstrap
 
 
 def fit_temperature(predictions: Predictions) -> float:
@@ -79,22 +78,37 @@ def recalibration(predictions: Predictions, draws: int = 2000) -> dict[str, dict
 
     Slope and intercept are None without overlap between the log odds of the class and of the others, where the slope is
     infinite. `intervals`, {name: (low, high)}, are from a bootstrap over patients, and are missing unless
-    `bootstrap.MIN_PATIENTS` have the class, and as many do not.
+    `bootstrap.MIN_PATIENTS` have the class, and as many do not. In its draws, more than POINTS examples are grouped by
+    rank, with the mean log odds of the group.
     """
     p = np.maximum(np.asarray(predictions.probabilities, np.float64), np.finfo(np.float32).tiny)
     keys, member = np.unique(metrics.patient_keys(predictions), return_inverse=True)
+    size = min(POINTS, len(p))
     result: dict[str, dict[str, Any]] = {}
     for i, name in enumerate(predictions.classes):
-        positive, odds = predictions.labels == i, np.log(p[:, i]) - np.log(np.delete(p, i, axis=1).sum(axis=1))
+        positive, x = predictions.labels == i, np.log(p[:, i]) - np.log(np.delete(p, i, axis=1).sum(axis=1))
         result[name] = {"slope": None, "intercept": None, "intervals": {}}
-        fit = _logistic(positive, odds)
-        if fit is None:
+        if min(positive.sum(), (~positive).sum()) == 0:
             continue
-        values = dict(zip(("intercept", "slope"), fit.tolist(), strict=True))
-        enough = min(len(np.unique(member[side])) for side in (positive, ~positive)) >= bootstrap.MIN_PATIENTS
-        samples = _resample(fit, positive, odds, member, len(keys), draws if enough else 0)
-        ends = {key: bootstrap.interval(own, values[key]) for key, own in zip(values, samples, strict=True)}
-        result[name] = {**values, "intervals": {key: pair for key, pair in ends.items() if pair}}
+        if x[positive].min() >= x[~positive].max() or x[~positive].min() >= x[positive].max():
+            continue
+        fit = _logistic(x, positive[:, None], np.ones((len(x), 1)), np.zeros((2, 1)), 50)
+        if not np.isfinite(fit).all():
+            continue
+        values = dict(zip(("intercept", "slope"), fit[:, 0].tolist(), strict=True))
+        result[name] |= values
+        if min(len(np.unique(member[side])) for side in (positive, ~positive)) < bootstrap.MIN_PATIENTS or not draws:
+            continue
+        group = np.argsort(np.argsort(x, kind="stable")) * size // len(x)
+        x = np.bincount(group, x) / np.bincount(group)
+        of_class, every = (
+            sparse.csr_matrix((n, (group, member)), (size, len(keys))) for n in (1.0 * positive, np.ones(len(p)))
+        )
+        blocks = bootstrap.resample_patients(len(keys), draws, 256)
+        samples = [_logistic(x, of_class @ counts, every @ counts, fit, 6) for counts in blocks]
+        for key, own in zip(values, np.concatenate(samples, axis=1), strict=True):
+            if (ends := bootstrap.interval(own, values[key])) is not None:
+                result[name]["intervals"][key] = ends
     return result
 
 
@@ -110,49 +124,21 @@ def summary(test: Predictions, temperature: float | None, draws: int = 2000) -> 
     return result
 
 
-def _logistic(positive: np.ndarray, x: np.ndarray) -> np.ndarray | None:
-    """Returns intercept and slope of the logistic regression of `positive` on `x` [N]; None if it has no optimum."""
-    if positive.all() or not positive.any():
-        return None
-    if x[positive].min() >= x[~positive].max() or x[~positive].min() >= x[positive].max():
-        return None
+def _logistic(x: np.ndarray, hits: np.ndarray, n: np.ndarray, start: np.ndarray, steps: int) -> np.ndarray:
+    """Returns intercept and slope [2, D] of D logistic regressions on `x` [N], by Newton's method from `start`.
 
-    def loss(beta: np.ndarray) -> tuple[float, np.ndarray]:
-        z = beta[0] + beta[1] * x
-        error = special.expit(z) - positive
-        return float((np.logaddexp(0, z) - positive * z).mean()), np.array([error.mean(), (error * x).mean()])
-
-    return optimize.minimize(loss, np.zeros(2), jac=True, method="BFGS", options={"gtol": 1e-9}).x
-
-
-def _resample(
-    fit: np.ndarray, positive: np.ndarray, x: np.ndarray, member: np.ndarray, patients: int, draws: int
-) -> np.ndarray:
-    """Returns intercepts and slopes [2, draws], by Newton's method from `fit`; `member` [N] is each example's patient.
-
-    More than POINTS examples are grouped by rank of `x`, with the mean of the group.
+    `n` [N, D] are the numbers of examples at each point, and `hits` those of the class.
     """
-    size = min(POINTS, len(x))
-    group = np.argsort(np.argsort(x, kind="stable")) * size // len(x)
-    x = (np.bincount(group, x) / np.bincount(group))[:, None]
-    of_class, every = (
-        sparse.csr_matrix((weights, (group, member)), (size, patients))
-        for weights in (1.0 * positive, np.ones(len(member)))
-    )
-    samples = [np.zeros((2, 0))]
-    for counts in bootstrap.resample_patients(patients, draws, 256):
-        k, n = of_class @ counts, every @ counts  # [size, draws]
-        a, b = np.broadcast_to(fit[:, None], (2, counts.shape[1]))
-        with np.errstate(invalid="ignore", divide="ignore"):
-            for _ in range(NEWTON_STEPS):
-                q = special.expit(a + b * x)
-                error, weight = n * q - k, n * q * (1 - q)
-                g0, g1 = error.sum(axis=0), (error * x).sum(axis=0)
-                h00, h01, h11 = ((weight * power).sum(axis=0) for power in (1, x, x**2))
-                scale = h00 * h11 - h01**2
-                a, b = a - (h11 * g0 - h01 * g1) / scale, b - (h00 * g1 - h01 * g0) / scale
-        samples.append(np.stack([a, b]))
-    return np.concatenate(samples, axis=1)
+    (a, b), x = start, x[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for _ in range(steps):
+            q = special.expit(a + b * x)
+            error, weight = n * q - hits, n * q * (1 - q)
+            g0, g1 = error.sum(axis=0), (error * x).sum(axis=0)
+            h00, h01, h11 = ((weight * power).sum(axis=0) for power in (1, x, x**2))
+            scale = h00 * h11 - h01**2
+            a, b = a - (h11 * g0 - h01 * g1) / scale, b - (h00 * g1 - h01 * g0) / scale
+    return np.stack([a, b])
 
 
 def _logits(p: Predictions) -> np.ndarray:

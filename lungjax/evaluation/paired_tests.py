@@ -21,7 +21,6 @@ class DeLong(NamedTuple):
 
     difference: float
     error: float
-    clustered: bool  # patients have several examples
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -92,8 +91,8 @@ def delong(positive: np.ndarray, a: np.ndarray, b: np.ndarray, patients: np.ndar
     of_x, of_y, of_both = (n / (n - 1) for n in (*counts, len(x)))
     variance = of_x * (x @ x) + of_y * (y @ y) + 2 * of_both * (x @ y)
     if variance <= bootstrap.ROUNDING**2:
-        return None if abs(difference) > bootstrap.ROUNDING else DeLong(0.0, 0.0, len(x) < len(a))
-    return DeLong(difference, float(np.sqrt(variance)), len(x) < len(a))
+        return None if abs(difference) > bootstrap.ROUNDING else DeLong(0.0, 0.0)
+    return DeLong(difference, float(np.sqrt(variance)))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
