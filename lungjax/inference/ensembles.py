@@ -9,8 +9,9 @@ from lungjax.config import overrides
 from lungjax.config.metadata import NOTICE, Metadata
 from lungjax.evaluation import ensemble, operating_points
 
-# Fields that decide how volumes and 16-bit images are read, before the members' own preprocessing.
-SHARED = ("window", "hu_windows", "plane", "position")
+# Fields that decide how volumes and 16-bit images are read, before the members' own preprocessing, and how images
+# of a patient are aggregated, after the mean over the members.
+SHARED = ("window", "hu_windows", "plane", "position", "aggregate")
 JOINED = ("network", "weights", "data_licence", "data_title", "protocol")  # keys of `about`
 
 
@@ -50,7 +51,7 @@ def describe(places: Sequence[Path], members: Sequence[Metadata]) -> Metadata:
         for name in SHARED:
             if getattr(member, name) != getattr(first, name):
                 values = f"{getattr(first, name)!r} and {getattr(member, name)!r}"
-                raise ValueError(f"{places[0]} and {place} read images differently: `{name}` is {values} in model.json")
+                raise ValueError(f"{places[0]} and {place} can't be averaged: `{name}` is {values} in model.json")
     points, note = _points(places)
     about: dict[str, Any] = {key: _joined(str(m.about.get(key) or "") for m in members) for key in JOINED}
     warnings = [text for member in members for text in member.about.get("warnings", ())]
