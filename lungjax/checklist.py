@@ -127,8 +127,10 @@ def _exclusions(c: Config, r: Mapping[str, Any]) -> str:
 
 def _preprocessing(c: Config, r: Mapping[str, Any]) -> str:
     i = c.input
+    unset = ("0", "1") if c.model.weights == "none" else ("of the weights",) * 2
+    mean, std = (templating.plain(v) if v else word for v, word in zip((i.mean, i.std), unset, strict=True))
     size = f"resized to {i.size[0]} x {i.size[1]} ({i.interpolation}), crop {i.crop}"
-    return f"{size}, {count(i.channels, 'channel')}, mean {templating.plain(i.mean)}, std {templating.plain(i.std)}"
+    return f"{size}, {count(i.channels, 'channel')}, mean {mean}, std {std}"
 
 
 def _points(c: Config, r: Mapping[str, Any]) -> str:
@@ -215,7 +217,7 @@ ANSWERS: dict[str, tuple[str, Answer]] = {
     ),
     "internal": ("report.json: test", lambda c, r: _score(r["test"]["slice"])),
     "labels": ("report.json: classes", lambda c, r: f"labels of the data set: {', '.join(r['classes'])}; not checked"),
-    "metrics": ("report.md: Results", lambda c, r: listed([*context.METRICS.values()][:7]) + "; evaluation/README.md"),
+    "metrics": ("report.md: Results", lambda c, r: "; ".join(context.METRICS.values())),
     "missing": ("report.json: flow, facts", _missing),
     "model": (
         "config.json: model",

@@ -328,7 +328,10 @@ def _characteristics(splits: Mapping[str, Any] | None) -> Table | None:
     for name in columns:
         parts = [(s["columns"].get(name, {}), s["groups"]) for s in splits.values()]
         if any("median" in part for part, _ in parts):
-            spans = [f"{p['median']:g} ({p['low']:g} to {p['high']:g})" if p else "-" for p, _ in parts]
+            spans = [
+                "{:g} ({:g} to {:g})".format(*(round(p[key], 1) for key in ("median", "low", "high"))) if p else "-"
+                for p, _ in parts
+            ]
             rows += [
                 [f"{name}, median (quartiles)", *spans],
                 [f"{name}, missing", *(p.get("missing") for p, _ in parts)],

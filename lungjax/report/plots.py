@@ -263,13 +263,13 @@ def decision_curves(predictions: Predictions, path: Path) -> None:
 def flow(counts: Mapping[str, Any], path: Path) -> None:
     """Draws the flow of images and patients from found to excluded to splits; `counts` is `flow` of report.json."""
 
-    def box(x: float, y: float, title: str, lines: Sequence[str], color: str = style.INK) -> None:
-        text = style.plain("\n".join([title, *lines]))
+    def box(x: float, y: float, lines: Sequence[str], color: str = style.INK, ha: str = "center") -> None:
         frame = {"boxstyle": "square,pad=0.6", "facecolor": "white", "edgecolor": color}
-        axis.text(x, y, text, ha="center", va="center", fontsize=9, color=style.INK, linespacing=1.4, bbox=frame)
+        text = style.plain("\n".join(lines))
+        axis.text(x, y, text, ha=ha, va="center", fontsize=9, color=style.INK, linespacing=1.4, bbox=frame)
 
     def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
-        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": style.MUTED}, zorder=0)
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": style.MUTED, "shrinkB": 0}, zorder=0)
 
     def size(of: Mapping[str, int]) -> str:
         return f"{count(of['images'], 'image')}, {count(of['groups'], 'patient')}"
@@ -283,16 +283,17 @@ def flow(counts: Mapping[str, Any], path: Path) -> None:
     axis.axis("off")
     ys = np.linspace(height - 0.5, 2.0, 3)
     for (name, title), y, below in zip(titles.items(), ys, [*ys[1:], None], strict=True):
-        box(2.6, y, title, [size(counts[name])])
+        box(3, y, [title, size(counts[name])])
         if below is None:
             continue
-        arrow((2.6, y), (2.6, below + 0.35))
+        arrow((3, y), (3, below + 0.3))
         if reasons := excluded[name]:
-            arrow((2.6, (y + below) / 2), (4.6, (y + below) / 2))
-            total = count(sum(reasons.values()), "image")
-            box(6.6, (y + below) / 2, f"Excluded: {total}", [f"{n:,} {why}" for why, n in reasons.items()], style.WRONG)
-    xs = [4.5] if len(counts["splits"]) == 1 else np.linspace(1.4, 7.6, len(counts["splits"]))
+            arrow((3, (y + below) / 2), (4.6, (y + below) / 2))
+            lines = [f"Excluded: {count(sum(reasons.values()), 'image')}"]
+            lines += [f"{n:,} {reason}" for reason, n in reasons.items()]
+            box(4.7, (y + below) / 2, lines, style.WRONG, "left")
+    xs = [3.0] if len(counts["splits"]) == 1 else np.linspace(1.2, 7.4, len(counts["splits"]))
     for x, (name, of) in zip(xs, counts["splits"].items(), strict=True):
-        arrow((2.6, ys[-1]), (x, 0.8))
-        box(x, 0.45, name, [size(of)], style.COLORS[0])
+        arrow((3, ys[-1] - 0.25), (x, 0.75))
+        box(x, 0.45, [name, size(of)], style.COLORS[0])
     style.save(figure, path)

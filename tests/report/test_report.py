@@ -109,7 +109,7 @@ def test_calibration_and_operating_points(run, tmp_path):
     workdir, results = run
     saved = json.loads((workdir / "report.json").read_text())
     val, test = results["val"], results["test"]
-    assert saved["calibration"] == calibration.summary(test, 1.5)
+    assert saved["calibration"] == json.loads(json.dumps(calibration.summary(test, 1.5, CONFIG.eval.draws)))
     points = operating_points.choose_all(val, test, CONFIG.eval)
     assert saved["operating_points"] == operating_points.evaluate(points, test, CONFIG.eval)
     text = (workdir / "report.md").read_text()
