@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from brightness import brightness
+from conftest import without_pictures
 from PIL import Image
 from scipy import special
 from services import running
@@ -41,7 +42,9 @@ def pair(trained_run, tmp_path_factory):
     for assignment in ("data.dataset=folder/mine", "input.size=40,36", "train.seed=1", "eval.tta=flip"):
         config = overrides.override(config, assignment)
     shutil.copytree(trained_run.workdir, root / "a")
-    train.run(config, root / "b", trained_run.data_dir)
+    with pytest.MonkeyPatch.context() as patch:
+        without_pictures(patch)
+        train.run(config, root / "b", trained_run.data_dir)
     return root / "a", root / "b"
 
 
