@@ -74,7 +74,7 @@ def compare(runs: Sequence[Path], split: str = "test", names: Sequence[str] | No
         tables.append(templating.Table(head, rows, f"{x} against A: paired bootstrap"))
         rows = [_test_row(name, x, t, adjusted[1][x, name]) for name in names if (t := tests.get((x, name)))]
         head = ["metric", "test", "result", "p", "p, Holm"]
-        tables += [templating.Table(head, rows, f"{x} against A: tests")] if rows else []
+        tables += [templating.Table(head, rows, f"{x} against A: tests", text=True)] if rows else []
     return templating.render(
         "compare.md.j2",
         runs={
@@ -170,7 +170,7 @@ def _test_row(name: str, letter: str, test: DeLong | McNemar, adjusted: float) -
 
 
 def _p(p: float | None) -> str:
-    return templating.rate(p) if p is None or p >= 0.001 else f"{p:.0e}"
+    return templating.rate(p) if p is None or p >= 0.0005 else f"{p:.0e}"
 
 
 if __name__ == "__main__":

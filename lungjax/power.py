@@ -2,7 +2,7 @@
 
 Prints the patients that a test set needs for an expected AUC, sensitivity or specificity, or the expected width:
 
-    python -m lungjax.power --auc=0.85 --positives=80 --width=0.1            # the negatives needed
+    python -m lungjax.power --auc=0.85 --positives=100 --width=0.1           # the negatives needed
     python -m lungjax.power --auc=0.85 --positives=50 --negatives=100        # the width
     python -m lungjax.power --sensitivity=0.9 --width=0.1                    # the positives needed
     python -m lungjax.power --specificity=0.9 --negatives=200                # the width
@@ -79,7 +79,7 @@ def plan(given: Mapping[str, float]) -> str:
         n += bisect.bisect_left(range(1, MAX_PATIENTS), True, key=lambda n: width(n) <= given["width"])
         if n == MAX_PATIENTS:
             fixed = " and ".join(f"{count:,} {name}" for name, count in known.items()) or f"{n:,} patients"
-            raise ValueError(f"--width={given['width']:g} is out of reach with {fixed}")
+            raise ValueError(f"--width={given['width']:g} is out of reach with {fixed}; give a larger number or width")
     result, (low, high) = numbers(n), interval(metric, given[metric], numbers(n))
     patients = " and ".join(f"{count:,} {name}" for name, count in result.items())
     patients += f" ({sum(result.values()):,} patients)" if len(result) > 1 else ""

@@ -85,22 +85,22 @@ def test_summary_of_val_and_test():
 def regression(p, i, weights=None):
     """Returns intercept and slope of class i by scikit-learn."""
     odds = np.log(p.probabilities[:, i] / (1 - p.probabilities[:, i]))[:, None]
-    fit = LogisticRegression(C=np.inf, tol=1e-9, max_iter=1000).fit(odds, p.labels == i, weights)
+    fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-9).fit(odds, p.labels == i, weights)
     return fit.intercept_[0], fit.coef_[0, 0]
 
 
 def test_recalibration_against_scikit_learn():
-    for p in (random_predictions(400, 90, seed=1), make(1500, 3.0, c=2)):
-        result = calibration.recalibration(p, draws=80)
+    for p in (random_predictions(400, 90, seed=1), make(900, 3.0, c=2)):
+        result = calibration.recalibration(p, draws=40)
         keys, member = np.unique(metrics.patient_keys(p), return_inverse=True)
         for i, name in enumerate(p.classes):
             own = result[name]
             assert [own["intercept"], own["slope"]] == pytest.approx(regression(p, i), abs=1e-5)
-            draws = [regression(p, i, w[member]) for w in next(bootstrap.resample_patients(len(keys), 80, 80)).T]
+            draws = [regression(p, i, w[member]) for w in next(bootstrap.resample_patients(len(keys), 40, 40)).T]
             ends = np.percentile(draws, [2.5, 97.5], axis=0).T
             np.testing.assert_allclose([own["intervals"][key] for key in ("intercept", "slope")], ends, atol=4e-3)
     slope, intercept = ([result[name][key] for name in "ab"] for key in ("slope", "intercept"))
-    assert slope == pytest.approx([1 / 3, 1 / 3], abs=0.05) and slope[0] == pytest.approx(slope[1], abs=1e-5)
+    assert slope == pytest.approx([1 / 3, 1 / 3], abs=0.06) and slope[0] == pytest.approx(slope[1], abs=1e-5)
     assert intercept[0] == pytest.approx(-intercept[1], abs=1e-5)
 
 
