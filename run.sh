@@ -14,12 +14,14 @@ usage() {
 ./run.sh explore --dataset=NAME         draw a page of figures about a prepared data set
 ./run.sh weights --list                 list the pretrained weights; --fetch=NAME downloads a file
 ./run.sh tables --list                  list the tables of published results
-./run.sh explain --workdir=RUN ...      draw saliency maps
+./run.sh explain --model=RUN ...        draw saliency maps
 ./run.sh runs [DIR]                     list runs, their scores, and the commands that resume them
 ./run.sh tensorboard RUN...             write TensorBoard events of runs
-./run.sh compare RUN_A RUN_B            compare two runs on the same patients
+./run.sh compare RUN_A RUN_B...         compare runs on the same patients
+./run.sh power --auc=0.85 --width=0.1   compute the patients that a test set needs
+./run.sh checklist RUN --standard=claim  fill a reporting guideline from a run
 ./run.sh predict --model=RUN PATH...    predict images and scans
-./run.sh export --workdir=RUN ...       export a standalone, ONNX, SavedModel or Triton model
+./run.sh export --model=RUN ...         export a standalone, ONNX, SavedModel or Triton model
 ./run.sh serve --model=RUN              start an HTTP service with a web page
 ./run.sh test [PYTEST ARGUMENTS]        run the tests
 
@@ -78,7 +80,7 @@ case ${1:-} in
     fast="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     export XLA_FLAGS=${XLA_FLAGS:-$fast --xla_cpu_parallel_codegen_split_count=1}
     cd "$here" && exec "$venv/bin/python" -m pytest -n 2 --dist=loadfile --no-loadscope-reorder "$@" ;;
-  prepare | explore | weights | tables | explain | compare | predict | export | serve | runs | tensorboard)
+  prepare | explore | weights | tables | explain | compare | checklist | power | predict | export | serve | runs | tensorboard)
     command=$1
     shift
     case $command in

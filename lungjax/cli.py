@@ -17,6 +17,8 @@ from lungjax.runtime import signals
 from lungjax.runtime.advice import in_user_form
 from lungjax.runtime.files import DISK_FULL
 
+# Help of --model, after the kinds of models that a command accepts.
+MODEL_HELP = "{}; several, separated by commas, or a folder of runs are an ensemble."
 USER_ERRORS = (*DISK_FULL, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR)
 
 
@@ -78,6 +80,13 @@ def windows() -> dict[str, Any]:
     """Returns the fields of `Metadata` that --window and --hu_window replace."""
     values: dict[str, Any] = {"window": read_window(flags.FLAGS.window)} if flags.FLAGS.window else {}
     return values | ({"hu_windows": (read_hu_window(flags.FLAGS.hu_window),)} if flags.FLAGS.hu_window else {})
+
+
+def out_folder(places: Sequence[Path], name: str) -> Path:
+    """Returns --out, by default the folder `name` in the only run. Raises UsageError if there are several runs."""
+    if not flags.FLAGS.out and (len(places) > 1 or not places[0].is_dir()):
+        raise app.UsageError("--out=FOLDER is missing; it has a default only for the folder of a single run")
+    return Path(flags.FLAGS.out).expanduser() if flags.FLAGS.out else places[0] / name
 
 
 def define_limit_flags(volumes: bool = True) -> None:

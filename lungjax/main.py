@@ -18,10 +18,13 @@ def define_flags() -> None:
     flags.DEFINE_string("experiment", None, "Experiment: NAME, NAME:key=value,..., a .py file, or a run's config.json.")
     flags.DEFINE_multi_string("set", [], "Override a field, such as optim.lr=3e-4; repeatable.")
     flags.DEFINE_string("workdir", None, "Run folder; default ./runs/NAME, or that of config.json in --mode=evaluate.")
+    runs = cli.MODEL_HELP.format("Runs to test as an ensemble, with --mode=evaluate and a new --workdir")
+    flags.DEFINE_list("model", [], runs)
     flags.DEFINE_string("data_dir", "data", "Folder of the prepared data sets.")
     flags.DEFINE_string("weights_dir", None, "Folder of downloaded weight files, searched first.")
     flags.DEFINE_enum("mode", "train", ["train", "evaluate"], "Train and test, or only test again.")
-    flags.DEFINE_integer("folds", None, "Number of cross-validation folds: one run per fold, and a combined report.")
+    folds = "Cross-validation, one run per fold and a combined report: a number of folds, or source to leave out each."
+    flags.DEFINE_string("folds", None, folds)
     flags.DEFINE_string("dataset", None, "Another prepared data set to test on, with --mode=evaluate.")
     flags.DEFINE_string("label_map", "", "Classes of --dataset, as THEIRS=OURS+OURS,THEIRS=-; - ignores a class.")
     flags.DEFINE_enum("split", "test", ["test", "val", "train", "all"], "Split of --dataset to test on.")
@@ -42,7 +45,13 @@ def main(_: list[str]) -> None:
         print(experiments.listing())
         return
     check_flags()
-    saved = f"{FLAGS.workdir}/config.json" if FLAGS.mode == "evaluate" and FLAGS.workdir else ""
+    runs: list[Path] = []
+    if FLAGS.model:
+        from lungjax.inference import ensembles  # here, since it imports numpy
+
+        runs = ensembles.find(FLAGS.model)
+    run = runs[0] if runs else FLAGS.workdir
+    saved = f"{run}/config.json" if FLAGS.mode == "evaluate" and run else ""
     experiment = FLAGS.experiment or saved
     if not experiment:
         raise app.UsageError("--experiment=NAME is missing; --list shows the names")
@@ -51,7 +60,7 @@ def main(_: list[str]) -> None:
         config = overrides.override(config, assignment)
     configs.check(config)
     profile = read_steps(FLAGS.profile) if FLAGS.profile else None
-    default = Path("runs") / (config.name + (f"_folds{FLAGS.folds}" if FLAGS.folds is not None else ""))
+    default = Path("runs") / (config.name + (f"_{FLAGS.folds}_folds" if FLAGS.folds is not None else ""))
     if FLAGS.mode == "evaluate" and experiment.endswith("config.json"):
         default = Path(experiment).parent
     workdir = Path(FLAGS.workdir) if FLAGS.workdir else default
@@ -65,7 +74,7 @@ def main(_: list[str]) -> None:
     environment.prepare_jax()
     from lungjax.report import context  # here, after the flags, since they import jax
     from lungjax.runtime import distributed
-    from lungjax.training import cross_validation, external_test, train
+    from lungjax.training import cross_validation, ensemble_test, external_test, train
 
     address = (FLAGS.coordinator, FLAGS.processes, FLAGS.process)
     if FLAGS.multihost or any(part is not None for part in address):
@@ -73,12 +82,14 @@ def main(_: list[str]) -> None:
     weights_dir = Path(FLAGS.weights_dir).expanduser() if FLAGS.weights_dir else None
     data_dir = Path(FLAGS.data_dir)
     with distributed.abort_all_on_error():
-        if FLAGS.dataset:
-            drop = FLAGS.overlap == "drop"
-            options = (FLAGS.dataset, FLAGS.label_map, FLAGS.split, drop)
+        options = (FLAGS.dataset, FLAGS.label_map, FLAGS.split, FLAGS.overlap == "drop") if FLAGS.dataset else ()
+        if runs:
+            report = ensemble_test.evaluate(config, runs, workdir, data_dir, *options)
+        elif options:
             report = external_test.evaluate(config, workdir, data_dir, *options)
         elif FLAGS.folds is not None:
-            report = cross_validation.run(config, FLAGS.folds, workdir, data_dir, FLAGS.mode, weights_dir)
+            kind = FLAGS.folds if FLAGS.folds == "source" else int(FLAGS.folds)
+            report = cross_validation.run(config, kind, workdir, data_dir, FLAGS.mode, weights_dir)
         else:
             report = train.run(config, workdir, data_dir, FLAGS.mode, weights_dir, profile)
     if distributed.is_first_host():
@@ -100,10 +111,22 @@ def check_flags() -> None:
     """Raises UsageError for incompatible flags."""
     if FLAGS.dataset and (FLAGS.mode != "evaluate" or FLAGS.folds is not None):
         raise app.UsageError("--dataset=OTHER tests an existing run: it needs --mode=evaluate, without --folds")
-    if FLAGS.mode == "evaluate" and FLAGS.workdir and not Path(FLAGS.workdir, "config.json").is_file():
+    if FLAGS.model:
+        if FLAGS.mode != "evaluate" or not FLAGS.workdir or FLAGS.experiment or FLAGS.folds is not None:
+            reason = "it needs --mode=evaluate and a new --workdir, without --experiment and --folds"
+            raise app.UsageError(f"--model=RUN,RUN tests an ensemble of finished runs: {reason}")
+        for field in FLAGS.set:
+            if not field.startswith("eval.") or field.startswith("eval.tta"):
+                advice = "first test each run with --mode=evaluate --workdir=RUN --set=..."
+                raise app.UsageError(f"--set={field} changes the members of the ensemble: {advice}")
+    elif FLAGS.mode == "evaluate" and FLAGS.workdir and not Path(FLAGS.workdir, "config.json").is_file():
         raise ValueError(f"--workdir={FLAGS.workdir}: no config.json, so there is no run to test")
     if FLAGS.profile and (FLAGS.mode != "train" or FLAGS.folds is not None):
         raise app.UsageError("--profile traces the training of one run: it needs --mode=train, without --folds")
+    if FLAGS.folds is not None and FLAGS.folds != "source" and not FLAGS.folds.isdecimal():
+        raise app.UsageError(
+            f"--folds={FLAGS.folds}: expected a number such as 5, or source to leave out each source once"
+        )
     for name in ("label_map", "split", "overlap"):
         if FLAGS[name].present and not FLAGS.dataset:
             raise app.UsageError(f"--{name} applies to another data set: it needs --dataset=OTHER and --mode=evaluate")

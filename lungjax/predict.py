@@ -1,5 +1,6 @@
 """Predicts images with a trained model: python -m lungjax.predict --model=runs/my_run scan.png more_scans
 
+Several models, as in --model=runs/a,runs/b, are an ensemble, which averages their calibrated probabilities.
 PATHs are images, folders, CSV lists (columns `path` and, for patients, `group`), DICOM files and series, or NIfTI
 volumes. The folder --out receives predictions.csv and predictions.jsonl with one line per image, series.csv and
 series.jsonl with one line per series or patient (see `lungjax.inference.records`) and, with --explain, one saliency map
@@ -42,7 +43,8 @@ MAX_LINES = 12  # printed per list
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("model", None, "Folder of a finished run, or a model.pyz or model.onnx of lungjax.export.")
+    kinds = "Folder of a finished run, or a model.pyz or model.onnx of lungjax.export"
+    flags.DEFINE_list("model", [], cli.MODEL_HELP.format(kinds))
     flags.DEFINE_string("out", "predictions", "Output folder.")
     flags.DEFINE_bool("overwrite", False, "Replace the predictions in --out.")
     flags.DEFINE_string("rule", records.RULE, "Operating point of the decisions, such as youden or sensitivity_0.95.")
@@ -69,13 +71,15 @@ def main(argv: list[str]) -> None:
     from lungjax.inference.model import load
 
     model = load(FLAGS.model)
+    if model.metadata.members:
+        print(f"{model.metadata.name}. {model.metadata.about['warnings'][0]}")  # where its operating points come from
     if FLAGS.explain:
         print(f"Saliency maps by {model.check_method(FLAGS.method)}")
     records.check_rule(model.metadata, FLAGS.rule)
     gate = load(FLAGS.gate) if FLAGS.gate else None
     if gate is not None and FLAGS.gate_class not in gate.metadata.classes:
         raise ValueError(f"--gate_class={FLAGS.gate_class}: {nearest(FLAGS.gate_class, gate.metadata.classes)}")
-    model = replace(model, metadata=replace(model.metadata, **cli.windows()))
+    model = replace(model, metadata=model.metadata.override(**cli.windows()))
     sources = inputs.gather(argv[1:], model.metadata, FLAGS.group_pattern, cli.limits())
     out.mkdir(parents=True, exist_ok=True)
     with files.name_disk_errors(out), (out / "lock").open("a") as file:
@@ -173,7 +177,8 @@ def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tu
 
 def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, write: Any) -> Iterator[dict[str, Any]]:
     """Writes and yields the record of each item from `start` on; with --explain, also draws its map into `folder`."""
-    from lungjax.inference.inputs import reason  # here, since it imports the image decoders
+    from lungjax.inference import artifacts  # here, since these import jax and the image decoders
+    from lungjax.inference.inputs import reason
 
     if FLAGS.explain:
         from lungjax.explain import figures  # here, since most calls draw nothing
@@ -207,9 +212,10 @@ def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, wr
                     if FLAGS.explain:
                         best = int(p.argmax())
                         heat = model.maps(result.pixels[None], np.asarray([best]), method)[0]
+                        shown = artifacts.picture(model.metadata, result.pixels)
                         path, classes = folder / f"{names[number]}_{method}.png", model.metadata.classes
                         try:
-                            figures.draw(path, item.short, result.pixels, heat, p, classes, best, method)
+                            figures.draw(path, item.short, shown, heat, p, classes, best, method)
                         except OSError as error:
                             record["warnings"] = [*record["warnings"], f"no saliency map: {error.strerror or error}"]
                 record["series"] = item.series

@@ -74,8 +74,9 @@ def main(_: list[str]) -> None:
         )
         print(summary.markdown(result))
         purpose, command = "train on it", f"--experiment=finetune:dataset={result['name']}"
-        if "train" not in result["protocols"]["clean"]:
+        if "train" not in (given := result["protocols"]["clean"]):
             purpose, command = "test a run on it", f"--mode=evaluate --workdir=runs/NAME --dataset={result['name']}"
+            command += "" if "test" in given else " --split=val"
         command += f" --data_dir={shlex.quote(str(data_dir))}"
         print(in_user_form(f"To {purpose}: python -m lungjax.main {command}"))
     if FLAGS.cross:

@@ -24,12 +24,12 @@ from lungjax.runtime import mesh as meshes
 from lungjax.runtime.checkpoint import newest
 from lungjax.training import metrics_log, optim, program, setup
 
-# Has everything that must survive an interruption: dropout, augmentation, mixing, a schedule, frozen parameters.
+# Has what must survive an interruption: dropout, augmentation, mixing, a schedule, frozen and averaged parameters.
 CONFIG = Config(
     name="small",
     input=InputSpec(size=(32, 32)),
     model=ModelConfig(name="small_bn", head=HeadConfig(dropout=0.2)),
-    optim=OptimConfig(lr=3e-3, schedule="cosine", freeze="^stem_conv"),
+    optim=OptimConfig(lr=3e-3, schedule="cosine", freeze="^stem_conv", ema=0.2),
     train=TrainConfig(batch_size=8, steps=12, eval_steps=4, save_steps=3, log_steps=1, monitor="slice.accuracy"),
     eval=EvalConfig(batch_size=8, examples=1, draws=0),
 )

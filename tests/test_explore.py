@@ -1,6 +1,7 @@
 """The page of a data set shows the correct numbers, and its figures are not empty."""
 
 import re
+from dataclasses import replace
 from html import unescape
 
 import commands
@@ -115,6 +116,15 @@ def test_command_without_stages(prepared, tmp_path, monkeypatch, capsys):
     assert str(tmp_path / "out/index.html") in capsys.readouterr().out
     assert "Skipped: body and lung masks are for CT slices" in text and "a random 4 of 12 images" in text
     assert not (tmp_path / "out/stages.png").exists()
+
+
+def test_page_without_a_train_split(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "DPI", 40)
+    data = datasets.open_dataset("folder/mine", prepared)
+    splits = np.where(data.columns["split"] == "train", "", data.columns["split"])
+    view = replace(data, columns=data.columns | {"split": splits})
+    text = dataset_page.write(view, prepared, tmp_path / "out", {}, stages=False, samples=1).read_text("utf-8")
+    assert "Samples" in text and "Imbalance" not in text and "infinitely" not in text
 
 
 def test_command_errors(prepared, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ PACKAGES = (
     "inference", "export", "serve", "tables",
 )  # fmt: skip
 # Leaves, like the __main__ of each package.
-COMMANDS = {"cli", "main", "prepare", "explore", "predict", "compare", "runs", "tensorboard"}
+COMMANDS = {"cli", "main", "prepare", "explore", "predict", "compare", "checklist", "power", "runs", "tensorboard"}
 
 
 def imported(path: Path) -> set[str]:

@@ -44,6 +44,13 @@ def lines(path):
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+class Models(dict):
+    """Models by name, in place of `model.load`."""
+
+    def load(self, path):
+        return self["".join(path)]  # a name, or a list with one name
+
+
 @pytest.fixture
 def command(trained_run, tmp_path):
     """Runs the command with the trained model; returns its exit code."""
@@ -59,7 +66,7 @@ def command(trained_run, tmp_path):
 def by_brightness(monkeypatch, command):
     """Runs the command with a model whose probability of "bright" is the mean gray level."""
     models = {"model": brightness(hu_windows=WINDOW), "gate": brightness(plane="coronal", position="mid")}
-    monkeypatch.setattr(model, "load", models.__getitem__)
+    monkeypatch.setattr(model, "load", Models(models).load)
     return partial(command, model="model")
 
 
@@ -84,7 +91,7 @@ def test_equal_numbers_everywhere(trained_run, command, tmp_path, capsys):
 
     paths = [trained_run.images / name for name in saved.ids.tolist()]
     formats = ["jax", *["onnx"] * all(map(find_spec, ("jax2onnx", "onnxruntime")))]
-    assert commands.run(export, f"--workdir={workdir}", f"--out={tmp_path}", f"--format={','.join(formats)}") == 0
+    assert commands.run(export, f"--model={workdir}", f"--out={tmp_path}", f"--format={','.join(formats)}") == 0
     models = [workdir, *(tmp_path / f"model.{name.replace('jax', 'pyz')}" for name in formats)]
     for i, path in enumerate(models):
         assert command(*paths, model=path, out=out / str(i)) == 0 and "6 images" in capsys.readouterr().out
@@ -106,7 +113,7 @@ def test_equal_numbers_everywhere(trained_run, command, tmp_path, capsys):
     assert [rows[name]["called_left"] for name in saved.ids] == ["yes" if call else "no" for call in called["left"]]
 
     data = f"--data_dir={trained_run.data_dir}"
-    assert commands.run(explain, f"--workdir={workdir}", "--split=test", data, f"--out={out}") == 0
+    assert commands.run(explain, f"--model={workdir}", "--split=test", data, f"--out={out}") == 0
     rows = {row["file"]: row for row in csv.DictReader((out / "test_gradcam/index.csv").open())}
     p = [[float(rows[name][f"p_{c}"]) for c in CLASSES] for name in saved.ids]
     np.testing.assert_allclose(p, saved.probabilities, atol=1e-4)
@@ -148,7 +155,7 @@ def test_saliency_without_a_large_feature_map(trained_run, command, tmp_path, mo
     assert "16 x 16 cells" in capsys.readouterr().err
     assert command(image, explain=True) == 0
     assert (tmp_path / "out/explain/p000_integrated_gradients.png").exists()
-    assert commands.run(export, f"--workdir={trained_run.workdir}", f"--out={tmp_path}") == 0
+    assert commands.run(export, f"--model={trained_run.workdir}", f"--out={tmp_path}") == 0
     exported = model.load(tmp_path / "model.pyz")
     assert exported.methods == () and len(exported.predict([image])) == 1
 
@@ -331,7 +338,7 @@ def test_modality_of_scans(by_brightness, monkeypatch, tmp_path):
     names = [tmp_path / name for name in ("ct", "v.nii", "plain.png", "x.dcm")]
     for modality, expected in (("ct", {"x.dcm"}), ("xray", {"IM", "v.nii"}), ("", set())):
         models = {"model": brightness(modality=modality), "gate": brightness(plane="coronal", modality=modality)}
-        monkeypatch.setattr(model, "load", models.__getitem__)
+        monkeypatch.setattr(model, "load", Models(models).load)
         assert by_brightness(*names, gate="gate", gate_class="bright", overwrite=True) == 0
         rows, series = table(tmp_path / "out/predictions.csv"), table(tmp_path / "out/series.csv")
         warnings = {name.partition("#")[0]: row["warnings"] for name, row in rows.items() if row["warnings"]}
@@ -350,7 +357,7 @@ def test_orientation_of_the_training_images(tmp_path, monkeypatch, by_brightness
         np.testing.assert_allclose(down, expected, atol=1)  # rounding
     gate, seen = brightness(plane="coronal", position="mid", orientation="rotated"), []
     gate = replace(gate, forward=lambda pixels, forward=gate.forward: seen.append(pixels[0]) or forward(pixels))
-    monkeypatch.setattr(model, "load", {"gate": gate, "model": brightness()}.__getitem__)
+    monkeypatch.setattr(model, "load", Models({"gate": gate, "model": brightness()}).load)
     scans.nifti(tmp_path / "v.nii", scans.body((6, 6, 8)))
     by_brightness(tmp_path / "v.nii", gate="gate", gate_class="bright")
     # The body is brighter at the head than at the foot, and brighter on the left than on the right.

@@ -12,7 +12,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from lungjax.config.schema import STAGES, InputSpec, parse_json
+from lungjax.config.schema import AGGREGATES, CHOICES, STAGES, InputSpec, parse_json
 
 FILE = "model.json"
 FORMAT = 1  # the key `format`; incremented if a key is removed or changes meaning
@@ -43,7 +43,9 @@ class Metadata:
     orientation: str = "standard"
     modality: str = ""  # of the training images: ct, xray, or "" if unknown or mixed
     positive: int | None = None  # positive class of the sigmoid output; None for softmax
+    tta: str = "none"  # test-time augmentation (`eval.tta`), with which temperature and thresholds were chosen
     temperature: float = 1.0  # divisor of logits for calibration (`lungjax.evaluation.calibration`)
+    aggregate: str = "mean"  # from slices to patients (`lungjax.evaluation.aggregation`)
     # LEVEL.CLASS.RULE, where LEVEL is slice or patient: threshold on the calibrated probability, chosen on val, and
     # sensitivity, specificity, ppv, npv and intervals of the test split.
     points: Mapping[str, Any] = field(default_factory=dict)
@@ -53,6 +55,9 @@ class Metadata:
     patients: Mapping[str, Any] = field(default_factory=dict)  # SPLIT.CLASS: number of patients; {} without patient IDs
     novelty: Mapping[str, Any] | None = None  # `lungjax.evaluation.novelty.Novelty.to_dict`
     about: Mapping[str, Any] = field(default_factory=dict)  # network, weights, license, step, commit, versions
+    # Of an ensemble: the models whose calibrated probabilities are averaged. `input`, `stage`, `stored`, `box`,
+    # `orientation`, `modality` and `novelty` are then those of each member.
+    members: tuple["Metadata", ...] = ()
 
     def to_json(self) -> str:
         """Returns the content of model.json."""
@@ -64,7 +69,18 @@ class Metadata:
         tree = dataclasses.asdict(self)
         if self.novelty is not None:
             tree["novelty"] = {key: self.novelty.get(key) for key in ("false_alarms", "detection")}
-        return tree | {"notice": NOTICE}
+        return tree | {"notice": NOTICE, "members": [member.public() for member in self.members]}
+
+    @property
+    def preprocessing(self) -> tuple[Any, ...]:
+        """The fields that determine the network input of an image: equal for models that get the same pixels."""
+        spec = dataclasses.replace(self.input, mean=None, std=None, box_margin=0.0)
+        return spec, self.stage, self.stored, self.box, self.window, self.orientation
+
+    def override(self, **fields: Any) -> "Metadata":
+        """Returns a copy with other values of `fields`, also in the members."""
+        members = tuple(member.override(**fields) for member in self.members)
+        return dataclasses.replace(self, **fields, members=members)
 
     def modality_warnings(self, modality: str) -> list[str]:
         """Returns a warning if the DICOM modality of an image is not that of the training images, else []."""
@@ -85,14 +101,23 @@ def from_json(text: str | bytes, where: str = FILE) -> Metadata:
     if tree["format"] > FORMAT:
         raise ValueError(f"{where}: format {tree['format']} of a newer lungjax; this one supports up to {FORMAT}")
     try:
-        spec = InputSpec(**{key: _to_tuples(value) for key, value in tree["input"].items()})
-        known = {f.name for f in dataclasses.fields(Metadata)} & {*tree}
-        result = Metadata(**{key: _to_tuples(tree[key]) for key in known} | {"input": spec})
-        for name, valid, expected in _requirements(result):
-            if not valid:
-                raise ValueError(f"{where}: `{name}` {attrgetter(name)(result)!r:.200}: expected {expected}")
+        members = tuple(_from_tree(member, f"{where}: members") for member in tree.get("members", ()))
+        result = _from_tree(tree | {"members": ()}, where)
+        if len(members) == 1 or any(member.classes != result.classes for member in members):
+            raise ValueError(f"{where}: `members`: expected none, or two or more with the classes of the ensemble")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{where}: a field is missing, unknown or of the wrong type ({error})") from None
+    return dataclasses.replace(result, members=members)
+
+
+def _from_tree(tree: Mapping[str, Any], where: str) -> Metadata:
+    """Returns the metadata of one network. May raise AttributeError, KeyError or TypeError."""
+    spec = InputSpec(**{key: _to_tuples(value) for key, value in tree["input"].items()})
+    known = {f.name for f in dataclasses.fields(Metadata)} & {*tree}
+    result = Metadata(**{key: _to_tuples(tree[key]) for key in known} | {"input": spec})
+    for name, valid, expected in _requirements(result):
+        if not valid:
+            raise ValueError(f"{where}: `{name}` {attrgetter(name)(result)!r:.200}: expected {expected}")
     return result
 
 
@@ -136,10 +161,13 @@ def _requirements(model: Metadata) -> Iterator[tuple[str, bool, str]]:
     choices: dict[str, tuple[Any, ...]] = {
         "plane": ("axial", "coronal", "sagittal"), "position": ("all", "mid"), "orientation": ("standard", "rotated"),
         "modality": ("", "ct", "xray"), "box": ("", "body", "given"), "stage": ("", *STAGES),
-        "positive": (None, *range(len(classes))),
+        "positive": (None, *range(len(classes))), "tta": CHOICES["eval.tta"], "members": ((),),
     }  # fmt: skip
     for name, allowed in choices.items():
         yield name, getattr(model, name) in allowed, ", ".join(map(repr, allowed))
+    rule, _, names = model.aggregate.partition(":")
+    valid = rule in AGGREGATES and {*names.split("+")} <= {"", *classes}
+    yield "aggregate", valid, f"one of {', '.join(AGGREGATES)}, alone or with classes, as max:A"
     yield "input.channels", spec.channels in (1, 3), "1 or 3"
     yield "temperature", _are_numbers((model.temperature,), 1) and model.temperature > 0, "a number above zero"
     for name in ("points", "scores", "counts", "patients", "about"):

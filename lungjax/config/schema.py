@@ -29,12 +29,13 @@ CHOICES = {
     "model.head.activation": ("relu", "hard_swish"), "model.head.output": ("softmax", "sigmoid"),
     "optim.name": ("adam", "adamw", "sgd", "rmsprop"), "optim.schedule": ("constant", "cosine", "linear", "step"),
     "optim.frozen_batch_norm": ("with_layer", "update", "frozen"),
-    "train.on_nan": ("stop", "skip", "rewind"), "train.keep": ("best", "last"),
+    "train.on_nan": ("stop", "skip", "rewind"), "train.keep": ("best", "last"), "eval.tta": ("none", "flip"),
 }  # fmt: skip
 # Fields that lungjax/training/auto.py can choose, in this order: later ones depend on earlier ones.
 AUTO = (
     "model.weights", "optim.lr", "train.batch_size", "train.epochs", "input.size", "augment", "model.momentum",
 )  # fmt: skip
+AGGREGATES = ("mean", "max", "top_k", "noisy_or")  # see lungjax/evaluation/aggregation.py
 EXPLANATIONS = ("gradcam", "gradcam_positive", "gradcam++", "integrated_gradients", "occlusion")
 
 
@@ -72,6 +73,8 @@ class DataConfig:
     # Cross-validation: images are split by patient into `folds` parts; part `fold` is test, the next one val.
     folds: int = 0  # 0 uses the splits of the data set
     fold: int = 0  # 0 to folds - 1
+    # Leave one source out: the images of this source are the test split, and val is drawn by patient from the others.
+    test_source: str = ""  # "" is off
     workers: int = 0  # reading processes; 0 reads in threads of this process
     threads: int = 0  # decoding threads per process; 0 is the number of cores plus one
     prefetch: int = 2  # batches read ahead
@@ -182,6 +185,9 @@ class OptimConfig:
     frozen_batch_norm: str = "with_layer"
     freeze: str = ""  # regex of parameter paths that are also frozen, such as "^stem"
     lr_factors: tuple[str, ...] = ()  # "REGEX=FACTOR" of parameter paths, such as "^head/=10"; the first match counts
+    # Decay of an exponential moving average of weights and BatchNorm statistics, which is then validated, saved and
+    # tested in place of the last values; 0 is off.
+    ema: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -217,9 +223,15 @@ class EvalConfig:
     """Evaluation of the best weights."""
 
     batch_size: int = 0  # global; 0 chooses by image size and platform
+    # One of CHOICES, test-time augmentation: "flip" averages the logits of an image and its horizontal mirror. It does
+    # not apply to validations during training, so it does not change the weights.
+    tta: str = "none"
     examples: int = 12  # number of correct and of wrong test images in the figure
     draws: int = 2000  # bootstrap resamples of patients for the 95 % intervals; 0 omits them
     sensitivity: float = 0.95  # of the operating point that is chosen on val
+    # From the images of a patient to the patient: one of AGGREGATES, or "auto" for the one with the highest AUC per
+    # patient on val. RULE:CLASS+CLASS applies the rule to these classes, as max:COVID.
+    aggregate: str = "mean"
     prevalence: tuple[str, ...] = ()  # CLASS:NUMBER with a prevalence in 0..1, for additional predictive values
 
     def prevalences(self) -> dict[str, float]:
@@ -252,6 +264,16 @@ class Config:
     # Fields from AUTO that the run chooses from the number of training images; `--set` of a field removes it from here.
     # --compile_for uses their values in this configuration.
     auto: tuple[str, ...] = ()
+
+
+def parse_aggregate(text: str) -> tuple[str, tuple[str, ...]]:
+    """Returns the rule and the classes of "RULE" or "RULE:CLASS+CLASS". Raises ValueError for an unknown rule."""
+    rule, _, names = text.partition(":")
+    if rule not in (rules := (*AGGREGATES, "auto")):
+        raise ValueError(
+            f"eval.aggregate={text}: expected {', '.join(rules)}, or one of them for classes, as max:COVID"
+        )
+    return rule, tuple(filter(None, names.split("+")))
 
 
 def parse_json(text: str | bytes, where: str) -> dict[str, Any]:

@@ -13,8 +13,8 @@ NOT_NEGATIVE = (
     "train.epochs", "train.devices", "eval.batch_size", "optim.schedule_steps", "eval.draws",
 )  # fmt: skip
 FRACTIONS_BELOW_ONE = (
-    "optim.label_smoothing", "model.momentum", "model.head.dropout", "model.head.hidden_dropout", "model.drop_path",
-    "model.dropout",
+    "optim.label_smoothing", "optim.ema", "model.momentum", "model.head.dropout", "model.head.hidden_dropout",
+    "model.drop_path", "model.dropout",
 )  # fmt: skip
 FRACTIONS = ("eval.sensitivity",)
 
@@ -52,8 +52,11 @@ def _check_splits(config: Config) -> None:
     if not 0 <= data.fold < max(data.folds, 1):
         allowed = f"0 to {data.folds - 1}" if data.folds else "only 0 without data.folds"
         raise ValueError(f"data.fold={data.fold}: expected {allowed}")
-    if data.folds and data.protocol != "clean":
-        raise ValueError(f"data.folds={data.folds} needs data.protocol=clean: a study has fixed splits")
+    for name, value in (("folds", data.folds), ("test_source", data.test_source)):
+        if value and data.protocol != "clean":
+            raise ValueError(f"data.{name}={value} needs data.protocol=clean: a study has fixed splits")
+    if data.folds and data.test_source:
+        raise ValueError(f"data.folds={data.folds} and data.test_source={data.test_source}: set only one of them")
     if not 0 < fraction <= 1:
         raise ValueError(f"train.fraction={fraction}: must be above 0 and at most 1")
 
@@ -92,6 +95,7 @@ def check(config: Config) -> None:
         raise ValueError(f"train.batch_size={train.batch_size}: not a multiple of train.accumulate={train.accumulate}")
     if head.output == "sigmoid" and not head.positive_class:
         raise ValueError("model.head.output=sigmoid: name the class in model.head.positive_class")
+    schema.parse_aggregate(config.eval.aggregate)
     config.eval.prevalences()
     _check_augment(config)
     _check_splits(config)

@@ -20,8 +20,8 @@ MAX_PAIRS = 20  # pairs that are listed; the counts are complete
 
 def clean(
     splits: ArrayLike, labels: ArrayLike, groups: ArrayLike, pixels: ArrayLike, near: np.ndarray, group_name: str
-) -> tuple[list[str], list[str]]:
-    """Returns the splits of the clean protocol, with "" for removed images, and notes on the removed images.
+) -> tuple[list[str], dict[str, int]]:
+    """Returns the splits of the clean protocol, with "" for removed images, and the number of these by reason.
 
     An image is removed if its group or a near duplicate is in a later split (train, val, test). Of exact copies, only
     the one in the latest split with the first group name remains; copies with different labels are all removed.
@@ -33,12 +33,12 @@ def clean(
     rank = np.select([names == split for split in SPLITS], range(len(SPLITS)), -1)  # train 0, test 2, none -1
     count, initial = len(rank), rank.copy()
     group, same, label = _codes(groups), _codes(pixels), np.asarray(labels)
-    notes = []
+    removed = dict[str, int]()
 
     def remove(rows: np.ndarray, reason: str) -> None:
         rank[rows] = -1
         if rows.any():
-            notes.append(f"images removed from the clean protocol ({reason}): {rows.sum():,}")
+            removed[reason] = int(rows.sum())
 
     latest = np.full(group.max(initial=-1) + 1, -1)
     np.maximum.at(latest, group, rank)
@@ -57,7 +57,7 @@ def clean(
     for place in (1, 0):  # val first: an image that val loses to test no longer conflicts with train
         rank[earlier[(rank[earlier] == place) & (rank[later] > place)]] = -1
     remove((before >= 0) & (rank < 0), "near duplicates of an image in a later split")
-    return [SPLITS[r] if r >= 0 else "" for r in rank], notes
+    return [SPLITS[r] if r >= 0 else "" for r in rank], removed
 
 
 def leaks(data: Prepared) -> dict[str, dict[str, int]]:

@@ -74,6 +74,9 @@ class Reader:
 def train_rows(data: Prepared) -> np.ndarray:
     """Returns the rows of the train split. Raises ValueError if a class has no training example."""
     rows = data.rows("train")
+    if not len(rows):
+        use = f"it can only test a run, with --mode=evaluate --workdir=RUN --dataset={data.name}"
+        raise ValueError(f"{data.name} has no train split, so nothing can be trained on it; {use}")
     counts = np.bincount(data.columns["label"][rows], minlength=len(data.classes))
     missing = [name for name, n in zip(data.classes, counts, strict=True) if n == 0]
     if missing:

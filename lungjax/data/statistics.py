@@ -7,6 +7,10 @@ import numpy as np
 
 from lungjax.data.prepared import Prepared
 
+MAX_CATEGORIES = 10  # of a kept column; more numbers are cut into thirds
+MISSING = ("", "nan", "na", "n/a", "none", "unknown")
+UNKNOWN = "unknown"
+
 
 def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the distinct `values` [N] or [N, K], most frequent first, and their images per class, int64 [V, C]."""
@@ -15,6 +19,31 @@ def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[
     np.add.at(counts, (member.ravel(), labels), 1)
     order = np.argsort(-counts.sum(axis=1), kind="stable")
     return names[order], counts[order]
+
+
+def numbers(values: np.ndarray) -> np.ndarray | None:
+    """Returns the texts [N] as float64, NaN if missing; None if any is no number or few differ, as for categories."""
+    missing = np.isin(np.char.lower(values), MISSING)
+    try:
+        parsed = np.where(missing, "nan", values).astype(np.float64)
+    except ValueError:
+        return None
+    return parsed if len(np.unique(parsed[~missing])) > MAX_CATEGORIES else None
+
+
+def categories(values: np.ndarray) -> np.ndarray:
+    """Returns a category per text [N]: UNKNOWN if missing, thirds such as "42 to 58" of `numbers`, or the text."""
+    parsed = numbers(values)
+    if parsed is None:
+        return np.where(np.isin(np.char.lower(values), MISSING), UNKNOWN, values)
+    result = np.full(len(values), UNKNOWN, dtype=object)
+    ends = np.nanquantile(parsed, [1 / 3, 2 / 3], method="inverted_cdf")
+    third = np.searchsorted(ends, parsed)
+    for k in range(3):
+        rows = (third == k) & ~np.isnan(parsed)
+        if rows.any():
+            result[rows] = f"{parsed[rows].min():g} to {parsed[rows].max():g}"
+    return result.astype(np.str_)
 
 
 def frequencies(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndarray, classes: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from lungjax.config.schema import parse_json
 from lungjax.data import leakage, prepared, statistics
 from lungjax.data.prepared import Prepared
 from lungjax.data.splits import SPLITS
+from lungjax.data.statistics import MAX_CATEGORIES
 
 FILE = "summary.json"
 MAX_IMBALANCE = 50  # train images of the most frequent class per image of the rarest
@@ -98,6 +100,36 @@ def split_counts(data: Prepared) -> dict[str, dict[str, dict[str, int]]]:
     return result
 
 
+def characteristics(data: Prepared, rows: Mapping[str, np.ndarray] | None = None) -> dict[str, Any]:
+    """Returns images, groups and kept columns of each split, and of "all", for the table of a publication.
+
+    `rows` are those of each split, by default all splits of the protocol. `columns` has, for each column of numbers,
+    median and quartiles of the groups and how many lack it; for others, how many groups have each value. Columns with
+    over MAX_CATEGORIES different texts are omitted.
+    """
+    splits = {name: np.unique(part) for name, part in (rows or {s: data.rows(s) for s in SPLITS}).items() if len(part)}
+    splits = {"all": np.unique(np.concatenate([*splits.values()]))} | splits
+    names = ["source", *(name for name in data.columns if name not in prepared.COLUMNS)]
+    result: dict[str, Any] = {}
+    for split, part in splits.items():
+        groups = data.columns["group"][part]
+        first = part[np.unique(groups, return_index=True)[1]]  # an image of each group
+        columns: dict[str, Any] = {}
+        for name in names:
+            values = data.columns[name]
+            parsed = statistics.numbers(values)
+            if parsed is not None and (known := parsed[first][~np.isnan(parsed[first])]).size:
+                low, median, high = np.percentile(known, [25, 50, 75]).tolist()
+                columns[name] = {"median": median, "low": low, "high": high, "missing": len(first) - len(known)}
+            elif parsed is None and len(kinds := np.unique(statistics.categories(values))) <= MAX_CATEGORIES:
+                pairs = {*zip(groups.tolist(), statistics.categories(values[part]).tolist(), strict=True)}
+                counts = Counter(value for _, value in pairs)
+                columns[name] = {value: counts[value] for value in kinds.tolist()}
+        known_columns = {name: c for name, c in columns.items() if [*c] != [statistics.UNKNOWN]}
+        result[split] = {"images": len(part), "groups": len(first), "columns": known_columns}
+    return result
+
+
 def _pixel_statistics(data: Prepared) -> dict[str, float]:
     """Returns the mean and standard deviation of pixel / 255 over the clean train images; {} if there are none."""
     train = data.columns["split"] == "train"
@@ -137,7 +169,7 @@ def _warnings(result: dict[str, Any]) -> Iterator[str]:
     if result["skipped"]:
         yield f"skipped images: {len(result['skipped'])}"
     given = result["protocols"]["clean"]
-    for split in SPLITS if set(given) != {"test"} else ("test",):
+    for split in SPLITS if "train" in given else given:
         counts = given.get(split, {"images": {}})["images"]
         if empty := [c for c in result["classes"] if not counts.get(c)]:
             yield f"the {split} split has no images labeled {', '.join(empty)}"

@@ -36,7 +36,7 @@ ABOUT = About(
     layout="""One of three:
   labels.csv with the columns path and label (paths relative to the file), and optionally split (train, val, test),
     group (patient), source (hospital or scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive)
-  {train,val,test}/{class}/... (a missing val or test is cut from train; test alone is an external test set)
+  {train,val,test}/{class}/... (a missing val or test is cut from train; without train, an external test set)
   {class}/... (splits are made by group, 70/15/15)
 Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000 files, either 8-bit gray or color, or unsigned
 16-bit gray (see --window). Patients are given by the column group, by folders below the class folders
@@ -89,10 +89,7 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
         Example(r.file, r.image, label, r.split, r.group or r.file, r.source, r.box, r.extra, r.where, r.split)
         for r, label in zip(rows, labels, strict=True)
     ]
-    if {row.split for row in rows} == {"test"}:
-        examples, split_notes = listed, ["only test images: an external test set for --mode=evaluate --dataset=NAME"]
-    else:
-        examples, split_notes = complete_splits(listed, options.seed)
+    examples, split_notes = complete_splits(listed, options.seed)
     group_name = "patients" if ungrouped < len(rows) else "images without a group"
     study = "the given splits" if any(row.split for row in rows) else ""
     modality = options.modality or modality

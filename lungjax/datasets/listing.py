@@ -78,8 +78,8 @@ class About:
 def complete_splits(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[str]]:
     """Returns the examples with missing splits filled in, by group and stratified by class, and notes on them.
 
-    Three splits are made if none is given; a missing val or test split is taken from train. Raises ValueError for a
-    missing train split.
+    Three splits are made if none is given; a missing val or test split is taken from train. Without a train split, the
+    examples are an external test set and keep their splits.
     """
     given = {example.split for example in examples}
     missing = [split for split in splits.SPLITS if split not in given]
@@ -87,7 +87,7 @@ def complete_splits(examples: Sequence[Example], seed: int) -> tuple[list[Exampl
         origin, parts = "", list(splits.SPLITS)
         note = f"splits made by group, stratified by class, 70/15/15, seed {seed}"
     elif "train" in missing:
-        raise ValueError(f"no train split, only {', '.join(sorted(given))}; assign the training images to train")
+        return list(examples), ["no train split: an external test set for --mode=evaluate --dataset=NAME"]
     else:
         origin, parts = "train", ["train", *missing]
         note = f"no {' and no '.join(missing)} split given: taken from train by group, seed {seed}"

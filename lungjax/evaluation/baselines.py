@@ -18,14 +18,15 @@ def source_only(data: Prepared, split: str = "test") -> Predictions | None:
     """Returns predictions from the source of an image alone: the class frequencies of this source in the train split.
 
     If the source is unknown or missing from train, the frequencies are those of all training images (smoothing: see
-    `statistics.frequencies`). Returns None if the training images have fewer than two known sources.
+    `statistics.frequencies`). Returns None if the training images have fewer than two known sources, or none of
+    those of the split.
     """
     train, rows = data.rows("train"), data.rows(split)
     sources, labels, classes = data.columns["source"], data.columns["label"], len(data.classes)
     named = train[sources[train] != ""]
-    if len(np.unique(sources[named])) < 2 or not len(rows):
-        return None
     in_train = np.isin(sources[rows], sources[named])
+    if len(np.unique(sources[named])) < 2 or not in_train.any():
+        return None
     overall = np.bincount(labels[train], minlength=classes) / len(train)
     frequencies = statistics.frequencies(sources, labels, named, rows, classes)
     probabilities = np.where(in_train[:, None], frequencies, overall)

@@ -58,7 +58,11 @@ def intervals(predictions: Predictions, draws: int = 2000, unit: str = "slice") 
 
 
 def over_runs(
-    runs: Sequence[Predictions], names: Sequence[str] | None = None, draws: int = 2000, unit: str = "slice"
+    runs: Sequence[Predictions],
+    names: Sequence[str] | None = None,
+    draws: int = 2000,
+    unit: str = "slice",
+    size: int = 0,
 ) -> dict[str, tuple[float | None, float | None, float | None]]:
     """Returns (mean over the runs, low, high) of each named metric, with None for undefined values.
 
@@ -66,17 +70,22 @@ def over_runs(
     patients and between seeds. With three runs it underestimates the variance between seeds by a third. `runs` are
     predictions for the same examples, in any order; `names` are dotted, and None selects all metrics. Raises ValueError
     for different examples or invalid probabilities.
+
+    With `size`, the interval is that of a score published for one run on `size` random examples: each draw is one of
+    the runs on `size` examples, drawn without replacement. The mean remains that over all examples.
     """
-    points, samples, patients = _evaluate(runs, draws, unit)
+    points, samples, patients = _evaluate(runs, draws, unit, size)
     k = len(runs)
+    per_draw = 1 if size else k
     # A separate random stream, so that the patients are those of `intervals` for any number of runs.
-    weights = np.random.default_rng([0, k]).multinomial(k, [1 / k] * k, size=draws)  # [draws, runs]
+    weights = np.random.default_rng([0, k]).multinomial(per_draw, [1 / k] * k, size=draws)  # [draws, runs]
     result = {}
     for name in points[0] if names is None else names:
         values = [value for point in points if (value := point[name]) is not None]
         mean = float(np.mean(values)) if len(values) == k else None
         each = np.stack([run[name] for run in samples], axis=1)  # [draws, runs]
-        ends = interval(np.where(weights > 0, weights * each, 0.0).sum(axis=1) / k, mean, patients.get(name, 0))
+        values_of_draws = np.where(weights > 0, weights * each, 0.0).sum(axis=1) / per_draw
+        ends = _percentiles(values_of_draws) if size else interval(values_of_draws, mean, patients.get(name, 0))
         result[name] = (mean, *(ends or (None, None)))
     return result
 
@@ -129,12 +138,18 @@ def align(a: Predictions, b: Predictions) -> Predictions:
     return b
 
 
-def resample_patients(patients: int, draws: int, block: int) -> Iterator[np.ndarray]:
-    """Yields how often each patient was drawn, float64 [patients, up to `block`]; draws do not depend on `block`."""
+def resample_patients(patients: int, draws: int, block: int, size: int = 0) -> Iterator[np.ndarray]:
+    """Yields how often each patient was drawn, float64 [patients, up to `block`]; draws do not depend on `block`.
+
+    With `size`, each draw has `size` patients, without replacement.
+    """
     rng = np.random.default_rng(0)
     for start in range(0, draws, block):
         counts = [
-            np.bincount(rng.integers(0, patients, patients, dtype=np.int32), minlength=patients)
+            np.bincount(
+                rng.permutation(patients)[:size] if size else rng.integers(0, patients, patients, dtype=np.int32),
+                minlength=patients,
+            )
             for _ in range(min(block, draws - start))
         ]
         yield np.ascontiguousarray(np.stack(counts, axis=1), dtype=np.float64)
@@ -168,23 +183,28 @@ def _percentiles(values: np.ndarray) -> tuple[float, float] | None:
 
 
 def _evaluate(
-    runs: Sequence[Predictions], draws: int, unit: str
+    runs: Sequence[Predictions], draws: int, unit: str, size: int = 0
 ) -> tuple[list[dict[str, float | None]], list[dict[str, np.ndarray]], dict[str, int]]:
     """Returns the metrics of each run, their draws, {metric: [draws]}, and the patients behind each proportion.
 
-    Draws are NaN for undefined values and for metrics without an interval. Runs are aligned with the first.
+    Draws are NaN for undefined values and for metrics without an interval. Runs are aligned with the first. With
+    `size`, a draw has that many examples, without replacement. Raises ValueError if there are fewer.
     """
     levels = [runs[0], *(align(runs[0], run) for run in runs[1:])]
     levels = [metrics.by_patient(p)[0] for p in levels] if unit == "patient" else levels
     points = [metrics.numbers(metrics.summarize(p)) for p in levels]
     keys, member = np.unique(metrics.patient_keys(levels[0]), return_inverse=True)
+    if size:
+        keys = member = np.arange(len(levels[0]))
+        if size > len(keys):
+            raise ValueError(f"a draw of {size:,} examples needs as many; there are {len(keys):,}")
     if len(keys) < 2 or not draws:
         return points, [dict.fromkeys(point, np.full(draws, np.nan)) for point in points], {}
     samplers = [_sampler(p, member, len(keys)) for p in levels]
     block = max(8, min(512, BLOCK // len(levels[0])))
     blocks = [
         [metrics.numbers(sampler(counts)) for sampler in samplers]
-        for counts in resample_patients(len(keys), draws, block)
+        for counts in resample_patients(len(keys), draws, block, size)
     ]
     each = zip(*blocks, strict=True)
     samples = [{name: np.concatenate([own[name] for own in run]) for name in run[0]} for run in each]

@@ -1,22 +1,27 @@
-"""Calibration: reliability bins, and temperature scaling.
+"""Calibration: reliability bins, slope and intercept, and temperature scaling.
 
 Temperature scaling (Guo et al., arXiv 1706.04599) divides all logits by a temperature T, fitted on the validation
 split. T above 1 makes probabilities less extreme. The predicted class of an example does not change; thresholds and,
 with more than two classes, the AUC of a class do. Reports, predictions_SPLIT.csv, `predict`, the service and the
 exports all use the probabilities softmax(logits / T).
+
+The slope and the intercept of each class are those of the logistic regression of "is of the class" on the log odds of
+its probability (Cox, Biometrika 45:562, 1958). Perfect calibration has slope 1 and intercept 0; a slope below 1 means
+probabilities that are too extreme. With two classes, both have the same slope, and intercepts of opposite sign.
 """
 
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from scipy import optimize, special
+from scipy import optimize, sparse, special
 
-from lungjax.evaluation import metrics
+from lungjax.evaluation import bootstrap, metrics
 from lungjax.evaluation.predictions import Predictions
 
 BOUNDS = (0.05, 20.0)  # of the temperature; without misclassified examples the optimum is zero
 SCORES = ("ece", "brier", "loss")
+POINTS = 500  # of a logistic regression in a bootstrap
 
 
 def fit_temperature(predictions: Predictions) -> float:
@@ -68,7 +73,46 @@ def bins(predictions: Predictions) -> list[dict[str, Any]]:
     return result
 
 
-def summary(test: Predictions, temperature: float | None) -> dict[str, Any]:
+def recalibration(predictions: Predictions, draws: int = 2000) -> dict[str, dict[str, Any]]:
+    """Returns {slope, intercept, intervals} by class.
+
+    Slope and intercept are None without overlap between the log odds of the class and of the others, where the slope is
+    infinite. `intervals`, {name: (low, high)}, are from a bootstrap over patients, and are missing unless
+    `bootstrap.MIN_PATIENTS` have the class, and as many do not. In its draws, more than POINTS examples are grouped by
+    rank, with the mean log odds of the group.
+    """
+    p = np.maximum(np.asarray(predictions.probabilities, np.float64), np.finfo(np.float32).tiny)
+    keys, member = np.unique(metrics.patient_keys(predictions), return_inverse=True)
+    size = min(POINTS, len(p))
+    result: dict[str, dict[str, Any]] = {}
+    for i, name in enumerate(predictions.classes):
+        positive, x = predictions.labels == i, np.log(p[:, i]) - np.log(np.delete(p, i, axis=1).sum(axis=1))
+        result[name] = {"slope": None, "intercept": None, "intervals": {}}
+        if min(positive.sum(), (~positive).sum()) == 0:
+            continue
+        if x[positive].min() >= x[~positive].max() or x[~positive].min() >= x[positive].max():
+            continue
+        fit = _logistic(x, positive[:, None], np.ones((len(x), 1)), np.zeros((2, 1)), 50)
+        if not np.isfinite(fit).all():
+            continue
+        values = dict(zip(("intercept", "slope"), fit[:, 0].tolist(), strict=True))
+        result[name] |= values
+        if min(len(np.unique(member[side])) for side in (positive, ~positive)) < bootstrap.MIN_PATIENTS or not draws:
+            continue
+        group = np.argsort(np.argsort(x, kind="stable")) * size // len(x)
+        x = np.bincount(group, x) / np.bincount(group)
+        of_class, every = (
+            sparse.csr_matrix((n, (group, member)), (size, len(keys))) for n in (1.0 * positive, np.ones(len(p)))
+        )
+        blocks = bootstrap.resample_patients(len(keys), draws, 256)
+        samples = [_logistic(x, of_class @ counts, every @ counts, fit, 6) for counts in blocks]
+        for key, own in zip(values, np.concatenate(samples, axis=1), strict=True):
+            if (ends := bootstrap.interval(own, values[key])) is not None:
+                result[name]["intervals"][key] = ends
+    return result
+
+
+def summary(test: Predictions, temperature: float | None, draws: int = 2000) -> dict[str, Any]:
     """Returns `calibration` of the report for calibrated predictions with logits; README.md lists the keys.
 
     `temperature` is that of `test`, None if the folds have their own. Raises ValueError for invalid probabilities.
@@ -76,8 +120,25 @@ def summary(test: Predictions, temperature: float | None) -> dict[str, Any]:
     result: dict[str, Any] = {"temperature": temperature, "fitted_on": "val"}
     for kind, p in (("uncalibrated", apply_temperature(test, 1.0)), ("calibrated", test)):
         level = metrics.summarize(p)
-        result[kind] = {key: level[key] for key in SCORES} | {"bins": bins(p)}
+        result[kind] = {key: level[key] for key in SCORES} | {"bins": bins(p), "per_class": recalibration(p, draws)}
     return result
+
+
+def _logistic(x: np.ndarray, hits: np.ndarray, n: np.ndarray, start: np.ndarray, steps: int) -> np.ndarray:
+    """Returns intercept and slope [2, D] of D logistic regressions on `x` [N], by Newton's method from `start`.
+
+    `n` [N, D] are the numbers of examples at each point, and `hits` those of the class.
+    """
+    (a, b), x = start, x[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for _ in range(steps):
+            q = special.expit(a + b * x)
+            error, weight = n * q - hits, n * q * (1 - q)
+            g0, g1 = error.sum(axis=0), (error * x).sum(axis=0)
+            h00, h01, h11 = ((weight * power).sum(axis=0) for power in (1, x, x**2))
+            scale = h00 * h11 - h01**2
+            a, b = a - (h11 * g0 - h01 * g1) / scale, b - (h00 * g1 - h01 * g0) / scale
+    return np.stack([a, b])
 
 
 def _logits(p: Predictions) -> np.ndarray:

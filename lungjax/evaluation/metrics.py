@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lungjax.evaluation import study_metrics
+from lungjax.data import statistics
+from lungjax.evaluation import aggregation, study_metrics
 from lungjax.evaluation.predictions import Predictions, take
 from lungjax.evaluation.study_metrics import ratio
 
@@ -42,6 +43,7 @@ Level = dict[str, Any]
 PER_CLASS = ("precision", "recall", "specificity", "npv", "f1", "auc", "average_precision")
 WEIGHTED = ("precision", "recall", "f1", "auc", "average_precision")
 BINS = 15  # of the expected calibration error
+OWN_COLUMNS = ("aggregate", "fold")  # of `Predictions.extra`
 
 
 class Addends(NamedTuple):
@@ -155,20 +157,33 @@ def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def report_levels(predictions: Predictions) -> dict[str, Any]:
-    """Returns {"slice": metrics, "patient": metrics and "mixed_groups", "by_source": {source: metrics}}.
+    """Returns {"slice": metrics, "patient": metrics and "mixed_groups", "subgroups": {column: {value: metrics}}}.
 
-    `slice` is over all examples, `patient` over the patients of `by_patient`. Raises ValueError as `summarize` does.
+    `slice` is over all examples, `patient` over the patients of `by_patient`; `patients` of a subgroup counts its
+    patients. Raises ValueError as `summarize` does.
     """
-    sources = {name: summarize(part) for name, part in by_source(predictions).items()}
-    return {**unit_levels(predictions), "by_source": sources}
+    groups = {
+        column: {
+            value: {"patients": len(np.unique(patient_keys(part)))} | summarize(part) for value, part in parts.items()
+        }
+        for column, parts in subgroups(predictions).items()
+    }
+    return {**unit_levels(predictions), "subgroups": groups}
 
 
-def by_source(predictions: Predictions) -> dict[str, Predictions]:
-    """Returns the predictions by source, with "unknown" for examples without one; {} if no source is known."""
-    if not (predictions.sources != "").any():
-        return {}
-    names = np.where(predictions.sources == "", "unknown", predictions.sources)
-    return {str(name): take(predictions, np.flatnonzero(names == name)) for name in np.unique(names)}
+def subgroups(predictions: Predictions) -> dict[str, dict[str, Predictions]]:
+    """Returns the predictions by value of each column: "source", if any is known, and the kept columns.
+
+    A kept column needs 2 to MAX_CATEGORIES `statistics.categories`; columns that lungjax adds are not subgroups.
+    """
+    p = predictions
+    kept = {name: statistics.categories(values) for name, values in p.extra.items() if name not in OWN_COLUMNS}
+    columns = {"source": np.where(p.sources == "", statistics.UNKNOWN, p.sources)} if (p.sources != "").any() else {}
+    columns |= {name: v for name, v in kept.items() if 2 <= len(np.unique(v)) <= statistics.MAX_CATEGORIES}
+    return {
+        name: {str(value): take(p, np.flatnonzero(values == value)) for value in np.unique(values)}
+        for name, values in columns.items()
+    }
 
 
 def unit_levels(predictions: Predictions) -> dict[str, Any]:
@@ -185,19 +200,25 @@ def flat_levels(predictions: Predictions) -> dict[str, float | None]:
 def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
     """Returns one prediction per group, and the number of groups excluded because of mixed labels.
 
-    Probabilities are means over the group's examples, in float64. Ids and groups are the group's name, or the id of an
-    example without a group; the source is "several" if it differs. Rows are sorted by name, without extra columns.
-    Raises ValueError for invalid probabilities.
+    Probabilities are those of `aggregation`, by the rule in the column "aggregate" of the group's first example, or
+    means. Ids and groups are the group's name, or the id of an example without a group; the source is "several" if it
+    differs. Rows are sorted by name, without extra columns. Raises ValueError for invalid probabilities.
     """
     p = predictions
     check_probabilities(p)
-    keys, first, member, counts = np.unique(patient_keys(p), return_index=True, return_inverse=True, return_counts=True)
+    keys, first, member = np.unique(patient_keys(p), return_index=True, return_inverse=True)
     n = len(keys)
 
     def varies(values: np.ndarray) -> np.ndarray:
         return np.bincount(member, weights=values != values[first][member], minlength=n) > 0
 
-    sums = [np.bincount(member, weights=p.probabilities[:, i], minlength=n) for i in range(len(p.classes))]
+    rules = p.extra.get("aggregate", np.full(len(p), "mean"))[first]
+    probabilities = np.empty((n, len(p.classes)))
+    for rule in np.unique(rules):  # the folds of a cross-validation may have several
+        which = np.flatnonzero(rules == rule)
+        rows = np.isin(member, which)
+        own = np.searchsorted(which, member[rows])
+        probabilities[which] = aggregation.aggregate(p.probabilities[rows], p.classes, str(rule), own)
     uniform = ~varies(p.labels)
     names = np.where(p.groups == "", p.ids, p.groups)[first][uniform]
     patients = Predictions(
@@ -205,7 +226,7 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
         groups=names,
         sources=np.where(varies(p.sources), "several", p.sources[first])[uniform],
         labels=p.labels[first][uniform],
-        probabilities=(np.stack(sums, axis=1) / np.maximum(counts, 1)[:, None])[uniform],
+        probabilities=probabilities[uniform],
         classes=p.classes,
     )
     return patients, int((~uniform).sum())

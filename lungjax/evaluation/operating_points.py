@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from lungjax.config import EvalConfig
+from lungjax.config import EvalConfig, schema
 from lungjax.evaluation import bootstrap, metrics
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation.predictions import Predictions, with_rule
 
 COUNTS = ("tp", "fp", "fn", "tn")
 Points = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]  # LEVEL.CLASS.RULE, each with a threshold
@@ -107,6 +107,20 @@ def evaluate(points: Points, test: Predictions, options: EvalConfig) -> Points:
         points_of = iter(metrics_at_thresholds(levels[level], chosen, options.prevalences(), options.draws))
         result[level] = {name: {rule: next(points_of) for rule in rules} for name, rules in classes.items()}
     return result
+
+
+def choose_aggregate(val: Predictions, options: EvalConfig) -> tuple[str, dict[str, list[float | None]]]:
+    """Returns the rule of `aggregation` with the highest AUC per patient on `val`, and [AUC, low, high] of each rule.
+
+    The first rule, the mean, is chosen if the AUC is undefined. `options.aggregate` is "auto" or "auto:CLASS+CLASS".
+    """
+    scores: dict[str, list[float | None]] = {}
+    for rule in schema.AGGREGATES:
+        how = rule if rule == "mean" else options.aggregate.replace("auto", rule, 1)
+        scores[how] = [
+            *bootstrap.over_runs([with_rule(val, how)], ["auc_macro"], options.draws, "patient")["auc_macro"]
+        ]
+    return max(scores, key=lambda how: scores[how][0] or 0), scores
 
 
 def missing_rules(val: Predictions) -> list[str]:

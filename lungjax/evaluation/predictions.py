@@ -64,6 +64,11 @@ def take(predictions: Predictions, rows: np.ndarray) -> Predictions:
     return replace(p, **columns, logits=logits, extra={name: values[rows] for name, values in p.extra.items()})
 
 
+def with_rule(predictions: Predictions, how: str) -> Predictions:
+    """Returns the predictions with the rule `how` of `aggregation` for their patients; without one, it is the mean."""
+    return replace(predictions, extra=predictions.extra | {"aggregate": np.full(len(predictions), how)})
+
+
 def write(predictions: Predictions, path: Path) -> None:
     """Writes the CSV atomically, with the fewest digits from which `read` restores each float32 exactly."""
     names = np.asarray(predictions.classes, dtype=np.str_)

@@ -3,7 +3,7 @@
 import csv
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,8 @@ from lungjax.report.contact_sheet import FRAME, Section, Tile
 
 if TYPE_CHECKING:  # the service imports this file, but not grain
     from lungjax.data.pipeline import Reader
+
+Explain = Callable[[np.ndarray, int | None, str], tuple[np.ndarray, np.ndarray]]  # as `Explainer.maps`
 
 TILES = (4, 7)  # columns and rows of a contact sheet
 CHUNK = 64  # images in memory at a time
@@ -78,8 +80,8 @@ def file_name(name: str, used: set[str]) -> str:
 
 
 def draw_images(
-    explainer: Explainer,
-    pictures: Iterable[tuple[str, np.ndarray]],
+    explain: Explain,
+    pictures: Iterable[tuple[str, np.ndarray, np.ndarray]],
     classes: Sequence[str],
     methods: Sequence[str],
     target: int | None,
@@ -88,17 +90,17 @@ def draw_images(
 ) -> int:
     """Writes NAME_METHOD.png for each image and method into the folder `out`; returns the number of images.
 
-    `pictures` yields the name and the network input, uint8 [H, W, C], of each image; `target` is the class to explain,
-    or None for the predicted one. Adds the errors of figures that can't be written to `bad`.
+    `pictures` yields the name of each image, the network input, and the image to draw, uint8 [H, W, C]; `target` is the
+    class to explain, or None for the predicted one. Adds the errors of figures that can't be written to `bad`.
     """
     used: set[str] = set()
     count, remaining = 0, iter(pictures)
     while chunk := list(itertools.islice(remaining, CHUNK)):
-        names = [file_name(name, used) for name, _ in chunk]
-        stack = np.stack([pixels for _, pixels in chunk])
+        names = [file_name(name, used) for name, *_ in chunk]
+        stack = np.stack([pixels for _, pixels, _ in chunk])
         for method in methods:
-            maps, probabilities = explainer.maps(stack, target, method)
-            for name, image, heat, p in zip(names, stack, maps, probabilities, strict=True):
+            maps, probabilities = explain(stack, target, method)
+            for name, (*_, image), heat, p in zip(names, chunk, maps, probabilities, strict=True):
                 explained = int(p.argmax()) if target is None else target
                 try:
                     draw(out / f"{name}_{method}.png", name, image, heat, p, classes, explained, method)

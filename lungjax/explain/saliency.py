@@ -116,6 +116,7 @@ class Explainer:
     positive: int | None = None  # positive class of a sigmoid head; None for softmax
     batch_size: int = 0  # images or occluded copies; 0 means the batch size of prediction
     temperature: float = 1.0  # of the probabilities, for calibration
+    tta: str = "none"  # `eval.tta`; maps are then means over the image and its mirror
 
     def __post_init__(self) -> None:
         """Fills in the batch size and the size of the occluded square."""
@@ -142,13 +143,10 @@ class Explainer:
             return self._batched(images, targets, lambda x, target: program(self._folded, self._head, x, target))
         probabilities = self.probabilities(images)
         targets = np.where(targets < 0, probabilities.argmax(-1), targets)
-        if method == "occlusion":
-            maps = [self._occlusion(image, target) for image, target in zip(images, targets, strict=True)]
-            return np.reshape(np.asarray(maps, np.float32), (-1, *self.spec.size)), probabilities
-        attributions = self.attributions(images, targets)
-        # Only evidence for the class, like the ReLU of the other methods.
-        raw, size = np.maximum(attributions.sum(-1), 0), np.abs(attributions).sum(-1).max((1, 2))
-        return np.asarray(_scaled(raw, size)), probabilities
+        maps = self._pixel_maps(images, targets, method)
+        if self.tta == "flip":
+            maps = (maps + self._pixel_maps(images[:, :, ::-1], targets, method)[:, :, ::-1]) / 2
+        return maps, probabilities
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Returns class probabilities float32 [B, C] of uint8 images [B, H, W, C]."""
@@ -246,7 +244,23 @@ class Explainer:
             full = jnp.einsum("yi,bij,xj->byx", rows, raw, columns, precision="highest")
             return _scaled(full, size, method == "gradcam_positive"), probabilities
 
-        return run
+        def averaged(folded: Any, own: Any, pixels: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+            probabilities = self._predict(folded, pixels)
+            targets = jnp.where(targets < 0, probabilities.argmax(-1), targets)
+            maps, mirrored = (run(folded, own, view, targets)[0] for view in (pixels, pixels[:, :, ::-1]))
+            return (maps + mirrored[:, :, ::-1]) / 2, probabilities
+
+        return run if self.tta == "none" else averaged
+
+    def _pixel_maps(self, images: np.ndarray, targets: np.ndarray, method: str) -> np.ndarray:
+        """Returns the maps of a method that is not a CAM, without test-time augmentation."""
+        if method == "occlusion":
+            maps = [self._occlusion(image, target) for image, target in zip(images, targets, strict=True)]
+            return np.reshape(np.asarray(maps, np.float32), (-1, *self.spec.size))
+        attributions = self.attributions(images, targets)
+        # Only evidence for the class, like the ReLU of the other methods.
+        raw, size = np.maximum(attributions.sum(-1), 0), np.abs(attributions).sum(-1).max((1, 2))
+        return np.asarray(_scaled(raw, size))
 
     def _occlusion(self, image: np.ndarray, target: int) -> np.ndarray:
         """Occlusion (Zeiler and Fergus, ECCV 2014, arXiv 1311.2901): the drop in the score when a patch is hidden.
@@ -287,7 +301,8 @@ class Explainer:
         return self._programs[name]
 
     def _predict(self, folded: dict[str, Any], pixels: jax.Array) -> jax.Array:
-        return outputs.probabilities(self._logits(folded, pixels), self.positive, self.temperature)
+        logits, _ = outputs.with_tta(self._network, self.tta)(folded, normalize(pixels, self.spec))
+        return outputs.probabilities(logits, self.positive, self.temperature)
 
     def _slope(self, folded: dict[str, Any], x: jax.Array, part: jax.Array, target: jax.Array) -> jax.Array:
         def score(at: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Exports a run as files that need no lungjax: python -m lungjax.export --workdir=runs/my_run --format=jax,onnx
+"""Exports a run as files that need no lungjax: python -m lungjax.export --model=runs/my_run --format=jax,onnx
 
     jax          model.pyz: StableHLO for CPU, CUDA and TPU; `python model.pyz scan.png` needs only jax, numpy, pillow
     onnx         model.onnx, for onnxruntime and others (`export` extra)
@@ -7,7 +7,7 @@
 
 Each export contains weights, normalization, calibration and metadata, and takes any number of images. The command
 fails if outputs differ from those of the network by more than 1e-5 of their range, or up to 1e-4 for networks whose own
-float32 rounding error is larger. An existing export is replaced.
+float32 rounding error is larger. An existing export is replaced. Several runs are exported as one ensemble.
 
 jax can read a model.pyz for only a few months. --refresh=model.pyz replaces it with one for the installed jax,
 built from the weights and the configuration in the file; with --format=onnx it writes an ONNX file.
@@ -34,16 +34,16 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("workdir", None, "Folder of a finished run.")
-    flags.DEFINE_string("refresh", None, "A model.pyz to export again for the installed jax; replaces --workdir.")
+    flags.DEFINE_list("model", [], cli.MODEL_HELP.format("Folder of a finished run"))
+    flags.DEFINE_string("refresh", None, "A model.pyz to export again for the installed jax; replaces --model.")
     flags.DEFINE_list("format", ["jax"], f"One or more of {', '.join(FORMATS)}.")
-    flags.DEFINE_string("out", None, "Output folder; default WORKDIR/export, or that of --refresh=model.pyz.")
+    flags.DEFINE_string("out", None, "Output folder; default RUN/export, or that of --refresh=model.pyz.")
 
 
 def main(_: list[str]) -> None:
     """Checks the flags, writes each format and prints its difference from the network and its speed."""
-    if bool(FLAGS.workdir) == bool(FLAGS.refresh):
-        raise app.UsageError("give --workdir=RUN, the folder of a finished run, or --refresh=FILE, a model.pyz")
+    if bool(FLAGS.model) == bool(FLAGS.refresh):
+        raise app.UsageError("give --model=RUN, the folder of a finished run, or --refresh=FILE, a model.pyz")
     if FLAGS.refresh and Path(FLAGS.refresh).name != "model.pyz" and not FLAGS.out:
         raise app.UsageError(f"--refresh={FLAGS.refresh} is not named model.pyz: give the output folder with --out=DIR")
     if not FLAGS.format:
@@ -56,13 +56,20 @@ def main(_: list[str]) -> None:
                 raise ValueError(f"--format={name} needs the package {package}: pip install {install}")
     environment.prepare_jax()
     from lungjax.export import functions, onnx, savedmodel, stablehlo, triton  # here, since they import jax
-    from lungjax.inference import artifacts
+    from lungjax.inference import artifacts, ensembles
 
     modules = {"jax": stablehlo, "onnx": onnx, "savedmodel": savedmodel, "triton": triton}
-    source = Path(FLAGS.workdir or FLAGS.refresh).expanduser()
-    exported = functions.load(source) if FLAGS.workdir else functions.from_pyz(source)
-    default = source / "export" if FLAGS.workdir else source.parent
-    out = Path(FLAGS.out).expanduser() if FLAGS.out else default
+    if FLAGS.refresh:
+        file = Path(FLAGS.refresh).expanduser()
+        exported, out = functions.from_pyz(file), Path(FLAGS.out or file.parent).expanduser()
+    else:
+        runs = ensembles.find(FLAGS.model)
+        out = cli.out_folder(runs, "export")
+        exported = functions.load(runs)
+    others = [name for name in FLAGS.format if name != "jax"]
+    if others and len(artifacts.image_shape(exported.metadata)) != 3:
+        reason = "the members need different inputs, which model.pyz computes itself"
+        raise ValueError(f"--format={','.join(others)}: {reason}; this ensemble can only be exported as jax")
     out.mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(FLAGS.format):
         start = time.monotonic()

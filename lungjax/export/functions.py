@@ -1,6 +1,6 @@
 """The two exported functions of weights and pixels, in float32.
 
-    predict   (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits" float32 [b, classes],
+    predict   (weights, pixels uint8 [b, *`artifacts.image_shape`]) -> {"probabilities", "logits" float32 [b, classes],
               "features" float32 [b, F]}
     gradcam   (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" float32 [b, H, W]}; only for
               networks with a feature map that is large enough for Grad-CAM
@@ -12,7 +12,7 @@ needs plain operations trace the functions inside `conv.plain_forms`.
 
 import json
 import timeit
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -29,11 +29,12 @@ from lungjax import models
 from lungjax.config import ModelConfig, overrides
 from lungjax.config.metadata import Metadata
 from lungjax.explain import saliency
-from lungjax.inference import artifacts, model
+from lungjax.inference import artifacts, ensembles, model
 from lungjax.models import batch_norm_folding, trees
 from lungjax.models.batch_norm_folding import FoldedModel
 from lungjax.models.inputs import normalize
 from lungjax.models.ops import conv
+from lungjax.models.outputs import with_tta
 
 TOLERANCE = 1e-5  # largest difference of an export from the network, as `worst_difference` measures it
 ROUNDING_FACTOR = 4  # an export may have this multiple of the network's own rounding error, if that is larger
@@ -58,6 +59,16 @@ class Functions:
     module: nn.Module  # of `config`, in float32
     variables: dict[str, Any]  # params and batch_stats
 
+    @property
+    def configs(self) -> list[ModelConfig]:
+        """The configuration of each network."""
+        return [self.config]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The saliency methods that the network allows."""
+        return self.explainer.methods
+
     @cached_property
     def weights(self) -> dict[str, np.ndarray]:
         """The first argument of both functions, by path."""
@@ -70,7 +81,7 @@ class Functions:
         return self._outputs(self._network, _tree(weights), pixels)
 
     def _outputs(self, network: Any, variables: Any, pixels: jax.Array) -> dict[str, jax.Array]:
-        logits, features = network(variables, normalize(pixels, self.metadata.input))
+        logits, features = with_tta(network, self.metadata.tta)(variables, normalize(pixels, self.metadata.input))
         return model.named_outputs(logits, features["last"], self.metadata)
 
     def gradcam(self, weights: Any, pixels: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
@@ -79,12 +90,13 @@ class Functions:
         head = {name: folded[name].get("head", {}) for name in folded}  # without folded norms
         return {"maps": self.explainer.cam("gradcam")(folded, head, pixels, targets)[0]}
 
-    def sample(self, batch: int) -> np.ndarray:
-        """Returns random images for the comparison, uint8 [batch, H, W, C]: noise over blobs of several sizes."""
+    def sample(self: "Exportable", batch: int) -> np.ndarray:
+        """Returns random images for the comparison, uint8 [batch, *image_shape]: noise over blobs of several sizes."""
         rng, shape = np.random.default_rng(batch), (batch, *artifacts.image_shape(self.metadata))
         total = 0.3 * rng.normal(size=shape)
         for side in (2, 5, 13, 34):
-            total += jax.image.resize(rng.normal(size=(batch, side, side, shape[-1])), shape, "nearest")
+            blobs = rng.normal(size=(batch, *[side] * len(shape[1:3]), *shape[3:]))
+            total += jax.image.resize(blobs, shape, "nearest")
         return np.asarray(np.clip(128 + 32 * total, 0, 255), np.uint8)
 
     def reference(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -92,12 +104,12 @@ class Functions:
         outputs = [self._reference(self.variables, pixels[i : i + 1]) for i in range(len(pixels))]
         return {name: np.concatenate([each[name] for each in outputs]) for name in artifacts.OUTPUTS}
 
-    def check(self, run: Any, name: str) -> Check:
+    def check(self: "Exportable", run: Any, name: str) -> Check:
         """Compares an export with the network and times it.
 
-        `run` maps uint8 pixels [b, H, W, C] to a dict with `artifacts.OUTPUTS`; messages start with `name`. Raises
-        ValueError if the difference is above MAX_TOLERANCE, or above TOLERANCE and ROUNDING_FACTOR times that of the
-        folded network in float32.
+        `run` maps uint8 pixels to a dict with `artifacts.OUTPUTS`; messages start with `name`. Raises ValueError if the
+        difference is above MAX_TOLERANCE, or above TOLERANCE and ROUNDING_FACTOR times that of the folded network in
+        float32.
         """
         pixels = [self.sample(batch) for batch in CHECKED_BATCHES]
         expected = [self.reference(images) for images in pixels]
@@ -120,12 +132,61 @@ class Functions:
     @cached_property
     def explainer(self) -> saliency.Explainer:
         """The explainer of the network."""
-        return saliency.Explainer(self.module, self.variables, self.metadata.input, self.metadata.positive)
+        data = self.metadata
+        return saliency.Explainer(self.module, self.variables, data.input, data.positive, tta=data.tta)
 
     @cached_property
     def _reference(self) -> Any:
         run = partial(self._outputs, partial(self.module.apply, train=False))
         return jax.jit(run, compiler_options=conv.compiler_options(train=False))
+
+
+@dataclass(frozen=True, eq=False)
+class EnsembleFunctions:
+    """The same for an ensemble; its weights are named MEMBER/path."""
+
+    metadata: Metadata
+    members: tuple[Functions, ...]
+    sample, check = Functions.sample, Functions.check
+
+    @property
+    def configs(self) -> list[ModelConfig]:
+        """The configuration of each network."""
+        return [member.config for member in self.members]
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The saliency methods that all networks allow."""
+        region = ensembles.same_region(self.metadata)
+        return tuple(m for m in saliency.METHODS if region and all(m in each.methods for each in self.members))
+
+    @cached_property
+    def weights(self) -> dict[str, np.ndarray]:
+        """The first argument of both functions, by path."""
+        return {f"{i}/{path}": leaf for i, each in enumerate(self.members) for path, leaf in each.weights.items()}
+
+    def predict(self, weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
+        """Returns the mean probabilities, logits and features of `model.mean_outputs`."""
+        parts = artifacts.member_pixels(self.metadata, pixels)
+        return model.mean_outputs(
+            [each.predict(_of_member(weights, i), parts[i]) for i, each in enumerate(self.members)]
+        )
+
+    def gradcam(self, weights: Any, pixels: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
+        """Returns the mean of the members' maps for target classes int32 [b]."""
+        targets = jnp.where(targets < 0, self.predict(weights, pixels)["probabilities"].argmax(-1), targets)
+        parts = artifacts.member_pixels(self.metadata, pixels)
+        maps = [each.gradcam(_of_member(weights, i), parts[i], targets) for i, each in enumerate(self.members)]
+        return {"maps": model.mean_maps([each["maps"] for each in maps], self.metadata.input.size)}
+
+    def reference(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns the mean outputs of the networks themselves."""
+        parts = artifacts.member_pixels(self.metadata, pixels)
+        means = model.mean_outputs([each.reference(part) for each, part in zip(self.members, parts, strict=True)])
+        return {name: np.asarray(array) for name, array in means.items()}
+
+
+Exportable = Functions | EnsembleFunctions
 
 
 def worst_difference(results: list[Any], expected: list[Any]) -> float:
@@ -146,19 +207,36 @@ def worst_difference(results: list[Any], expected: list[Any]) -> float:
     return worst
 
 
-def load(workdir: Path) -> Functions:
-    """Returns the functions of a finished run in float32. Raises the same errors as `model.load_finished`."""
-    network, metadata = model.load_finished(workdir)
-    # `weights` may name a folder of this machine and is no longer needed.
-    config = replace(network.config.model, dtype="float32", weights="none")
-    return Functions(metadata, config, models.build(config, len(metadata.classes)), network.variables)
+def load(workdirs: Sequence[Path]) -> Exportable:
+    """Returns the functions of finished runs in float32. Raises the same errors as `model.load` for runs."""
+    members = []
+    for workdir in workdirs:
+        network, metadata = model.load_finished(workdir)
+        # `weights` may name a folder of this machine and is no longer needed.
+        config = replace(network.config.model, dtype="float32", weights="none")
+        module = models.build(config, len(metadata.classes))
+        members.append(Functions(metadata, config, module, network.variables))
+    if len(members) == 1:
+        return members[0]
+    return EnsembleFunctions(ensembles.describe(workdirs, [each.metadata for each in members]), tuple(members))
 
 
-def from_pyz(path: Path) -> Functions:
+def from_pyz(path: Path) -> Exportable:
     """Returns the functions of the weights and configuration of a model.pyz. Raises ValueError if they don't match."""
     metadata, weights, about = artifacts.read_parts(path)
-    where = f"{path}: {artifacts.ABOUT}"
-    config = overrides.from_json(json.dumps({"model": about.get("network")}), where)
+    where, networks = f"{path}: {artifacts.ABOUT}", about.get("networks")
+    if not isinstance(networks, list) or len(networks) != (len(metadata.members) or 1):
+        raise ValueError(f"{where}: the number of networks is not that of {artifacts.MODEL}")
+    if not metadata.members:
+        return _restored(metadata, networks[0], weights, where)
+    members = [
+        _restored(member, networks[i], _of_member(weights, i), where) for i, member in enumerate(metadata.members)
+    ]
+    return EnsembleFunctions(metadata, tuple(members))
+
+
+def _restored(metadata: Metadata, network: Any, weights: Any, where: str) -> Functions:
+    config = overrides.from_json(json.dumps({"model": network}), where)
     configs.check(config)
     module, spec = models.build(config.model, len(metadata.classes)), metadata.input
     shape = (*spec.size, spec.network_channels)
@@ -184,6 +262,11 @@ def without_source_paths() -> Iterator[None]:
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+def _of_member(weights: Any, index: int) -> dict[str, Any]:
+    prefix = f"{index}/"
+    return {path.removeprefix(prefix): leaf for path, leaf in weights.items() if path.startswith(prefix)}
 
 
 def _tree(weights: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lungjax.export.functions import Check, Functions
+from lungjax.export.functions import Check, Exportable
 from lungjax.inference import artifacts
 from lungjax.models.ops import conv
 from lungjax.runtime.files import atomic_file
@@ -26,7 +26,7 @@ TINY = float(np.finfo(np.float32).tiny)
 TO_NCHW, TO_NHWC = (0, 3, 1, 2), (0, 2, 3, 1)
 
 
-def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
+def write(functions: Exportable, folder: Path) -> tuple[Path, Check]:
     """Writes FILE, or nothing if it raises ValueError; returns its path and the result of `Functions.check`."""
     import onnx
 
@@ -42,7 +42,7 @@ def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
     return path, check
 
 
-def convert(functions: Functions) -> Any:
+def convert(functions: Exportable) -> Any:
     """Returns the `onnx.ModelProto` of the `predict` function."""
     from jax2onnx import to_onnx
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from lungjax.config.metadata import FILE
-from lungjax.export.functions import Check, Functions, without_source_paths
+from lungjax.export.functions import Check, Exportable, without_source_paths
 from lungjax.inference import artifacts
 from lungjax.runtime.files import atomic_folder
 
 FOLDER = "savedmodel"
 
 
-def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
+def write(functions: Exportable, folder: Path) -> tuple[Path, Check]:
     """Writes FOLDER into `folder` and reloads it; returns its path and the result of `Functions.check`."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import tensorflow as tf

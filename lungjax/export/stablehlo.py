@@ -13,7 +13,7 @@ import numpy as np
 from jax import export
 
 import lungjax
-from lungjax.export.functions import Check, Functions, without_source_paths
+from lungjax.export.functions import Check, Exportable, without_source_paths
 from lungjax.inference import artifacts
 from lungjax.models.ops import conv
 from lungjax.runtime.files import atomic_file
@@ -27,7 +27,7 @@ PACKED = (
     "data/__init__.py", "data/batching.py", "data/folder_walk.py", "data/imaging/__init__.py",
     "data/imaging/images.py", "data/imaging/limits.py", "data/imaging/lung_masks.py", "data/imaging/lung_outline.py",
     "data/imaging/study_masks.py", "data/preprocess.py", "data/safe_text.py",
-    "evaluation/__init__.py", "evaluation/novelty.py",
+    "evaluation/__init__.py", "evaluation/aggregation.py", "evaluation/novelty.py",
     "inference/__init__.py", "inference/artifacts.py", "inference/records.py",
 )  # fmt: skip
 # jax reads serialized programs with flatbuffers but does not depend on it, so this small Python package is packed too.
@@ -39,7 +39,7 @@ https://github.com/google/flatbuffers. The license: https://www.apache.org/licen
 """
 
 
-def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
+def write(functions: Exportable, folder: Path) -> tuple[Path, Check]:
     """Writes FILE into `folder` and reads it back; returns its path and the result of `Functions.check`."""
     path = folder / FILE
     with atomic_file(path) as partial_file:
@@ -50,7 +50,7 @@ def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
     return path, check
 
 
-def members(functions: Functions) -> dict[str, bytes]:
+def members(functions: Exportable) -> dict[str, bytes]:
     """Returns the contents of model.pyz as {file name: bytes}."""
     package, reader = Path(lungjax.__file__).parent, Path(flatbuffers.__file__).parent
     programs, weights = serialized(functions), io.BytesIO()
@@ -58,7 +58,7 @@ def members(functions: Functions) -> dict[str, bytes]:
     about = {
         "lungjax": lungjax.__version__,
         "jax": jax.__version__,
-        "network": dataclasses.asdict(functions.config),
+        "networks": [dataclasses.asdict(config) for config in functions.configs],
         "platforms": artifacts.PLATFORMS,
         "programs": list(programs),
         "compiler_options": conv.compiler_options("cpu", train=False),
@@ -75,7 +75,7 @@ def members(functions: Functions) -> dict[str, bytes]:
     }
 
 
-def serialized(functions: Functions) -> dict[str, bytes]:
+def serialized(functions: Exportable) -> dict[str, bytes]:
     """Returns each function as `jax.export` bytes, for all platforms and any number of images."""
     weights = {path: jax.ShapeDtypeStruct(array.shape, array.dtype) for path, array in functions.weights.items()}
     (batch,) = export.symbolic_shape("b")
@@ -87,6 +87,6 @@ def serialized(functions: Functions) -> dict[str, bytes]:
 
     with without_source_paths():
         programs = {"predict": convert(functions.predict, weights, pixels)}
-        if "gradcam" in functions.explainer.methods:
+        if "gradcam" in functions.methods:
             programs["gradcam"] = convert(functions.gradcam, weights, pixels, targets)
     return programs

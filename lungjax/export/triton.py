@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lungjax.config.metadata import FILE, NOTICE, Metadata
 from lungjax.export import onnx
-from lungjax.export.functions import Check, Functions
+from lungjax.export.functions import Check, Exportable
 from lungjax.inference import artifacts
 from lungjax.runtime.files import atomic_folder
 
@@ -61,7 +61,7 @@ calibration are inside the model. With lungjax, `lungjax.load("{name}/1/model.on
 """
 
 
-def write(functions: Functions, folder: Path) -> tuple[Path, Check]:
+def write(functions: Exportable, folder: Path) -> tuple[Path, Check]:
     """Writes FOLDER/NAME into `folder`; returns and raises the same as `onnx.write`, which writes model.onnx."""
     path, metadata = folder / FOLDER, functions.metadata
     path.mkdir(exist_ok=True)

@@ -2,11 +2,11 @@
 
 A `model.pyz` is an uncompressed zip:
 
-    artifact.json        {"lungjax", "jax": versions, "network": `config.ModelConfig`, "platforms", "programs",
-                         "compiler_options"}
+    artifact.json        {"lungjax", "jax": versions, "networks": [`config.ModelConfig` of each member],
+                         "platforms", "programs", "compiler_options"}
     model.json           `metadata.Metadata`
-    weights.npz          float32 arrays by path, batch norms folded
-    predict.stablehlo    `jax.export` bytes: (weights, pixels uint8 [b, H, W, C]) -> {"probabilities", "logits"
+    weights.npz          float32 arrays by path, batch norms folded; of an ensemble by MEMBER/path
+    predict.stablehlo    `jax.export` bytes: (weights, pixels uint8 [b, *`image_shape`]) -> {"probabilities", "logits"
                          [b, classes], "features" [b, F]}
     gradcam.stablehlo    (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" [b, H, W]}; missing
                          if no feature map of the network is large enough for Grad-CAM
@@ -19,6 +19,7 @@ from trusted sources. This module imports only modules that are also packed into
 
 import io
 import json
+import math
 import re
 import shlex
 import zipfile
@@ -60,26 +61,55 @@ def member(program: str) -> str:
     return f"{program}.stablehlo"
 
 
-def image_shape(metadata: Metadata) -> tuple[int, int, int]:
-    """Returns height, width and channels of the network's input."""
-    return (*metadata.input.size, metadata.input.channels)
+def image_shape(metadata: Metadata) -> tuple[int, ...]:
+    """Returns height, width and channels of the network's input.
+
+    The members of an ensemble share one input if their preprocessing is equal. Otherwise the input is flat: [N], the
+    pixels of each preprocessing one after the other.
+    """
+    shapes = list(_input_shapes(metadata).values())
+    return shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
+
+
+def member_pixels(metadata: Metadata, pixels: Any) -> list[Any]:
+    """Returns the input [B, H, W, C] of each member of an ensemble, numpy or jax, from `pixels` [B, *image_shape]."""
+    shapes, parts, at = _input_shapes(metadata), {}, 0
+    for key, shape in shapes.items():
+        end = at + math.prod(shape)
+        parts[key] = pixels if len(shapes) == 1 else pixels[:, at:end].reshape(pixels.shape[0], *shape)
+        at = end
+    return [parts[member.preprocessing] for member in metadata.members or (metadata,)]
+
+
+def picture(metadata: Metadata, pixels: np.ndarray) -> np.ndarray:
+    """Returns the image [H, W, C] to show for `pixels` of `image_shape`: the input of the first member."""
+    return np.asarray(member_pixels(metadata, pixels[None])[0][0])
+
+
+def _input_shapes(metadata: Metadata) -> dict[Any, tuple[int, int, int]]:
+    members = metadata.members or (metadata,)
+    return {member.preprocessing: (*member.input.size, member.input.channels) for member in members}
 
 
 @dataclass(frozen=True, eq=False)
 class Input:
     """One preprocessed image."""
 
-    pixels: np.ndarray  # uint8 [H, W, C]
+    pixels: np.ndarray  # uint8 of `image_shape`
     novelty: float | None = None  # above 1 for images unlike the training images; None if the model has no score
     warnings: tuple[str, ...] = ()
 
 
 class Preprocessor:
-    """Turns decoded images into network inputs as described by the metadata of a model."""
+    """Turns decoded images into network inputs as described by the metadata of a model.
+
+    The novelty of an image for an ensemble is the median of its members' scores, which is above 1 only if half of them
+    are, so false alarms do not become more frequent with their number.
+    """
 
     def __init__(self, metadata: Metadata) -> None:
-        self.metadata = metadata
-        self.novelty = None if metadata.novelty is None else novelty.from_dict(metadata.novelty)
+        self.members = metadata.members or (metadata,)
+        self.scores = [None if each.novelty is None else novelty.from_dict(each.novelty) for each in self.members]
 
     def __call__(
         self, decoded: np.ndarray, box: preprocess.Box | None = None, segmented: bool = False, modality: str = ""
@@ -90,15 +120,27 @@ class Preprocessor:
         `segmented` images are already in the stage of the model. `modality` is that of a DICOM file, if any. Raises
         ValueError for 16-bit images without a window.
         """
-        pixels, stored, warnings = preprocess.picture(decoded, self.metadata, box, segmented)
-        sides, size = decoded.shape[:2], self.metadata.stored or self.metadata.input.size
-        if 2 * max(sides[0] / size[0], sides[1] / size[1]) <= 1:
-            warnings.append(f"small image: {sides[1]} x {sides[0]} pixels for an input of {size[1]} x {size[0]}")
-        warnings += self.metadata.modality_warnings(modality)
-        score = None if self.novelty is None else self.novelty.score(stored)
-        if self.novelty is not None and score is not None and score > 1:
-            warnings.append(f"unlike the training images: {self.novelty.reason(stored)}")
-        return Input(pixels, score, tuple(warnings))
+        pictures: dict[Any, tuple[np.ndarray, np.ndarray, list[str]]] = {}
+        warnings, scores = list[str](), list[tuple[float, Any, np.ndarray]]()
+        for member, novelty_score in zip(self.members, self.scores, strict=True):
+            key = member.preprocessing
+            if key not in pictures:
+                pictures[key] = preprocess.picture(decoded, member, box, segmented)
+            _, stored, notes = pictures[key]
+            warnings += notes
+            sides, size = decoded.shape[:2], member.stored or member.input.size
+            if 2 * max(sides[0] / size[0], sides[1] / size[1]) <= 1:
+                warnings.append(f"small image: {sides[1]} x {sides[0]} pixels for an input of {size[1]} x {size[0]}")
+            warnings += member.modality_warnings(modality)
+            if novelty_score is not None:
+                scores.append((novelty_score.score(stored), novelty_score, stored))
+        score = float(np.median([value for value, *_ in scores])) if scores else None
+        if score is not None and score > 1:
+            _, highest, stored = max(scores, key=lambda each: each[0])
+            warnings.append(f"unlike the training images: {highest.reason(stored)}")
+        inputs = [pixels for pixels, *_ in pictures.values()]
+        pixels = inputs[0] if len(inputs) == 1 else np.concatenate([each.ravel() for each in inputs])
+        return Input(pixels, score, tuple(dict.fromkeys(warnings)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,15 +1,16 @@
-"""Applies a trained model to images; `load` opens a run folder, a `model.pyz` or a `model.onnx`.
+"""Applies a trained model to images; `load` opens a run folder, a `model.pyz` or a `model.onnx`, or several of them.
 
     model = lungjax.load("runs/my_run")
     model.predict(["a.png"])           # calibrated probabilities [1, classes]
     model.features(["a.png"])          # [1, F]
+    lungjax.load(["runs/a", "runs/b"]) # an ensemble, which averages calibrated probabilities
 
 Preprocessing, classes, calibration and operating points come from the model's `metadata.Metadata`. Batches have a few
 fixed sizes, so nothing is recompiled after `warm`.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,8 @@ from lungjax.config import Config, metadata, overrides
 from lungjax.config.metadata import Metadata
 from lungjax.data.batching import pad_batch
 from lungjax.explain import saliency
-from lungjax.inference import api, artifacts
+from lungjax.explain.saliency import TITLES
+from lungjax.inference import api, artifacts, ensembles
 from lungjax.inference.api import Boxes, Images
 from lungjax.inference.artifacts import Preprocessor
 from lungjax.models import outputs
@@ -60,11 +62,12 @@ class Model:
     """
 
     metadata: Metadata
-    format: str  # run, pyz or onnx
+    format: str  # run, pyz, onnx or ensemble
     batch_size: int  # largest batch
     methods: tuple[str, ...]  # of `explain`, the default first; empty if the file has no saliency maps
     forward: Forward
     saliency: Saliency | None = None
+    describe: Callable[[str], str] = TITLES.__getitem__  # a saliency method -> its title and feature map
     network: Network | None = None  # of a run
     lock: Any = field(default_factory=threading.Lock, repr=False)
 
@@ -73,11 +76,14 @@ class Model:
         return self.outputs(self._pixels(images, boxes))["probabilities"]
 
     def logits(self, images: Images, boxes: Boxes = None) -> np.ndarray:
-        """Returns uncalibrated logits float32 [B, classes]; for a sigmoid output, the other logit is zero."""
+        """Returns uncalibrated logits float32 [B, classes]; for a sigmoid output, the other logit is zero.
+
+        Those of an ensemble are the logarithms of the mean uncalibrated probabilities.
+        """
         return self.outputs(self._pixels(images, boxes))["logits"]
 
     def features(self, images: Images, boxes: Boxes = None) -> np.ndarray:
-        """Returns the spatial mean of the last feature map, float32 [B, F]."""
+        """Returns the spatial mean of the last feature map, float32 [B, F]; an ensemble joins those of its members."""
         return self.outputs(self._pixels(images, boxes))["features"]
 
     def explain(
@@ -89,9 +95,16 @@ class Model:
         by default the first.
         """
         self.check_method(method)
-        pixels = self._pixels(images, boxes)
-        labels = self.outputs(pixels)["probabilities"].argmax(-1) if targets is None else np.asarray(targets)
-        return self.maps(pixels, labels, method)
+        return self.explain_pixels(self._pixels(images, boxes), targets, method)[0]
+
+    def explain_pixels(
+        self, pixels: np.ndarray, targets: Sequence[int] | int | None = None, method: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns maps and probabilities of prepared pixels; `targets` as in `explain`, or one class for all images."""
+        probabilities = self.outputs(pixels)["probabilities"]
+        labels = probabilities.argmax(-1) if targets is None else np.asarray(targets)
+        labels = np.full(len(pixels), labels) if labels.ndim == 0 else labels
+        return self.maps(pixels, labels, method), probabilities
 
     @cached_property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -112,10 +125,10 @@ class Model:
     def outputs(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Returns `probabilities` (calibrated), `logits` [B, classes] and `features` [B, F] of prepared pixels.
 
-        Raises ValueError for pixels other than uint8 [B, H, W, C] of the input size.
+        Raises ValueError for pixels other than uint8 [B, *`artifacts.image_shape`].
         """
         shape = artifacts.image_shape(self.metadata)
-        if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != shape:
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != shape:
             expected = ", ".join(map(str, shape))
             raise ValueError(f"pixels are {pixels.dtype} {list(pixels.shape)}, expected uint8 [B, {expected}]")
         batches = []
@@ -146,6 +159,8 @@ class Model:
     def check_method(self, method: str | None) -> str:
         """Returns `method`, or the first of `methods` for None. Raises ValueError unless it is one of them."""
         if not self.methods:
+            if self.metadata.members:
+                raise ValueError("this ensemble has no saliency maps, since a member has none or shows another region")
             raise ValueError(f"model.{self.format} has no saliency maps; use the run folder")
         method = method or self.methods[0]
         saliency.check_method(method, self.methods)
@@ -155,15 +170,22 @@ class Model:
         return np.stack([self.prepare(array, box).pixels for array, box in api.read_images(images, boxes)])
 
 
-def load(path: str | Path) -> Model:
-    """Opens a run, a `model.pyz`, a `model.onnx`, or a folder with one of them. Raises ValueError for anything else."""
-    place = Path(path).expanduser()
-    if place.is_dir() and not (place / "config.json").exists():
-        place = next((place / name for name in ("model.pyz", "model.onnx") if (place / name).exists()), place)
+def load(path: str | Path | Sequence[str | Path]) -> Model:
+    """Opens a run, a `model.pyz`, a `model.onnx`, a folder with one of them, or an ensemble of several.
+
+    Several paths, or a folder of runs such as that of `--folds`, are an ensemble. Raises ValueError for anything else,
+    and for members with different classes.
+    """
+    places = ensembles.find(path)
+    models = [_load_one(place) for place in places]
+    return _ensemble(places, models) if len(models) > 1 else models[0]
+
+
+def _load_one(place: Path) -> Model:
     if place.is_dir():
         return _load_run(place)
     if not place.exists():
-        raise ValueError(f"{path}: no such file or folder")
+        raise ValueError(f"{place}: no such file or folder")
     if place.suffix == ".pyz":
         program = artifacts.read_pyz(place)
         size = prediction_batch_size(Config(input=program.metadata.input), 1, jax.default_backend())
@@ -175,7 +197,7 @@ def load(path: str | Path) -> Model:
     if place.suffix == ".onnx":
         session = artifacts.read_onnx(place)
         return Model(session.metadata, "onnx", CPU_BATCH, (), session.outputs)
-    raise ValueError(f"{path}: not a model; give a run folder, or a model.pyz or model.onnx from lungjax.export")
+    raise ValueError(f"{place}: not a model; give a run folder, or a model.pyz or model.onnx from lungjax.export")
 
 
 def load_finished(workdir: Path) -> tuple[Network, Metadata]:
@@ -210,20 +232,55 @@ def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dic
     return {"probabilities": probabilities, "logits": scores, "features": last.astype(jnp.float32).mean((1, 2))}
 
 
+def mean_outputs(members: Sequence[Mapping[str, Any]]) -> dict[str, jax.Array]:
+    """Returns the `artifacts.OUTPUTS` of an ensemble from those of its members."""
+    plain = jnp.stack([jax.nn.softmax(jnp.asarray(each["logits"])) for each in members]).mean(0)
+    return {
+        "probabilities": jnp.stack([jnp.asarray(each["probabilities"]) for each in members]).mean(0),
+        "logits": jnp.log(jnp.maximum(plain, np.finfo(np.float32).tiny)),
+        "features": jnp.concatenate([jnp.asarray(each["features"]) for each in members], axis=-1),
+    }
+
+
+def mean_maps(maps: Sequence[Any], size: tuple[int, int]) -> jax.Array:
+    """Returns the mean of the maps [B, H, W] of the members, each resized to `size`."""
+    resized = [jax.vmap(lambda one: jax.image.resize(one, size, "linear"))(jnp.asarray(each)) for each in maps]
+    return jnp.stack(resized).mean(0)
+
+
+def _ensemble(places: Sequence[Path], members: Sequence[Model]) -> Model:
+    description = ensembles.describe(places, [member.metadata for member in members])
+
+    def forward(pixels: np.ndarray) -> dict[str, Any]:
+        parts = artifacts.member_pixels(description, pixels)
+        return mean_outputs([member.forward(part) for member, part in zip(members, parts, strict=True)])
+
+    def maps(pixels: np.ndarray, targets: np.ndarray, method: str) -> np.ndarray:
+        parts = artifacts.member_pixels(description, pixels)
+        each = [m.saliency(part, targets, method) for m, part in zip(members, parts, strict=True) if m.saliency]
+        return np.asarray(mean_maps(each, description.input.size))
+
+    shared = [method for method in members[0].methods if all(method in member.methods for member in members)]
+    methods = tuple(shared) if ensembles.same_region(description) else ()
+    size = min(member.batch_size for member in members)
+    titles = {method: f"{TITLES[method]}, mean over {len(members)} networks" for method in methods}
+    return Model(description, "ensemble", size, methods, forward, maps, titles.__getitem__)
+
+
 def _load_run(workdir: Path) -> Model:
     network, description = load_finished(workdir)
     spec = network.config.input
     folded = FoldedModel(network.module, network.variables, (*spec.size, spec.network_channels))
-    variables = folded.fold(network.variables)
+    variables, predictor = folded.fold(network.variables), outputs.with_tta(folded, description.tta)
 
     def forward(variables: dict[str, Any], pixels: jax.Array) -> dict[str, jax.Array]:
-        logits, features = folded(variables, normalize(pixels, spec))
+        logits, features = predictor(variables, normalize(pixels, spec))
         return named_outputs(logits, features["last"], description)
 
     compiled = jax.jit(forward, compiler_options=conv.compiler_options(train=False))
-    explainer = saliency.Explainer(network.module, network.variables, spec, description.positive)
+    explainer = saliency.Explainer(network.module, network.variables, spec, description.positive, tta=description.tta)
     size = prediction_batch_size(network.config, 1, jax.default_backend())
     return Model(
         description, "run", size, explainer.methods, lambda pixels: compiled(variables, pixels),
-        lambda pixels, targets, method: explainer.maps(pixels, targets, method)[0], network,
+        lambda pixels, targets, method: explainer.maps(pixels, targets, method)[0], explainer.describe, network,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import numpy as np
 
 from lungjax.config import nearest
 from lungjax.config.metadata import Metadata
+from lungjax.evaluation import aggregation
 
 RULE = "youden"
 POINT_KEYS = ("threshold", "sensitivity", "specificity")
@@ -42,15 +43,15 @@ def summary(
     warnings: Sequence[str] = (),
     rule: str = RULE,
 ) -> dict[str, Any]:
-    """Returns the record of a series: the mean over its slices, as for patients in the report.
+    """Returns the record of a series: its slices are aggregated as those of patients in the report.
 
     `probabilities` are calibrated, [slices, classes]; `warned` is the number of slices with warnings, and `warnings`
     are those of the series. Decisions use operating points for patients if the model has any, else those for slices.
     """
     count, level = len(probabilities), "patient" if metadata.points.get("patient") else "slice"
     several = [f"{warned} of {count} images have warnings"] if warned and warned >= WARNED_FRACTION * count else []
-    mean = np.asarray(probabilities, np.float64).mean(axis=0)
-    prediction = _prediction(metadata, mean, rule, level)
+    aggregated = aggregation.aggregate(probabilities, metadata.classes, metadata.aggregate)[0]
+    prediction = _prediction(metadata, aggregated, rule, level)
     return {"series": name, "files": count, **prediction, "warnings": [*warnings, *several]}
 
 

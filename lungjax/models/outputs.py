@@ -1,5 +1,8 @@
 """Converts the logits of a softmax or sigmoid head to class probabilities in label order."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -29,3 +32,20 @@ def class_logits(logits: jax.Array, positive: int | None) -> jax.Array:
 def probabilities(logits: jax.Array, positive: int | None, temperature: float = 1.0) -> jax.Array:
     """Returns class probabilities [B, C] in label order, calibrated by `temperature`; [B, 2] for a sigmoid head."""
     return jax.nn.softmax(class_logits(logits, positive) / jnp.float32(temperature))
+
+
+def with_tta(network: Callable[[Any, jax.Array], Any], tta: str) -> Callable[[Any, jax.Array], Any]:
+    """Returns `network`, a function of variables and images [B, H, W, C], with the test-time augmentation `eval.tta`.
+
+    With "flip", logits and the last map are means over the images and their mirrors. Logits are averaged, not
+    probabilities, so that the temperature applies as without augmentation.
+    """
+    if tta == "none":
+        return network
+
+    def averaged(variables: Any, images: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        views = [network(variables, view) for view in (images, images[:, :, ::-1])]
+        logits, last = zip(*((to_float32(z), to_float32(features["last"])) for z, features in views), strict=True)
+        return (logits[0] + logits[1]) / 2, {"last": (last[0] + last[1]) / 2}
+
+    return averaged

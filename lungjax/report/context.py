@@ -39,6 +39,11 @@ SHORT_METRICS = {
 HEADLINE = {"auc_macro": "AUC, mean over classes", "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy"}
 # Neither F1 nor precision: a single false positive for a class that the source lacks would make them zero.
 COMPARED = ("accuracy", "balanced_accuracy", "auc_macro")
+AGGREGATES = {
+    "mean": "the mean over {}", "max": "the maximum over {}", "top_k": "the mean of the highest quarter of {}",
+    "noisy_or": "1 - the product of (1 - probability) over {}",
+    "per fold": "aggregated from {} by the rule of its fold",
+}  # fmt: skip
 CONTROLS = {"no_lungs": "network, lungs blacked out", "source_only": "source of the image alone, no network"}
 CAPTIONS = {
     "confusion_slice.png": "Confusion matrix per {}.",
@@ -47,10 +52,12 @@ CAPTIONS = {
     "pr.png": "Precision-recall curves, test {}s.",
     "reliability.png": "Reliability diagram, test {}s: accuracy by confidence.",
     "decision_curve.png": "Decision curves, test {}s: net benefit of each class against the rest.",
+    "flow.png": "Flow of images from the source folder to the splits of this run.",
     "examples.png": "Network input, test images: a sample of correct predictions, and the most confident wrong ones.",
     "mistakes.png": "Worst mistakes, test {}s, each with the heat map of its predicted class (yellow: highest).{}",
     "training.png": "Training: the train loss includes class weights and label smoothing, if any.",
 }
+CHARACTERISTICS = {"images": "images", "patients": "groups"}
 LEAKS = {
     "images": "images",
     "exact_twin_in_train": "exact copy in train",
@@ -91,6 +98,7 @@ def build(
             text=True,
         ),
         "counts": _counts(facts.get("counts")),
+        "characteristics": _characteristics(facts.get("characteristics")),
         "about": about or {},
         "summary": summary,
         "prepared": _prepared(summary) if summary else [],
@@ -138,23 +146,28 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
     rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
     scale = "calibrated on val" if "calibration" in report else "not calibrated"
-    note = f"Probabilities are {scale}; that of a patient is the mean over the patient's images. "
+    rule, _, names = report["aggregate"].partition(":")
+    patient = AGGREGATES[rule].format("the patient's images") + f", for {names.replace('+', ' and ')}" * bool(names)
+    note = f"Probabilities are {scale}; that of a patient is {patient}. "
     note += "A dash marks an undefined number."
     if any(level["intervals"] for level in columns.values()):
         note += f" The 95 % intervals are from a percentile bootstrap over patients with {config.eval.draws:,} draws,"
         note += " or Wilson's for a proportion that does not vary. AUC and average precision need"
         note += f" {bootstrap.MIN_PATIENTS} patients with and without the class; the calibration error has no interval."
     tables = [Table(["", *columns], rows, note=note)]
+    if "aggregates" in report["facts"]:
+        rows = [[how, Number(*scores)] for how, scores in report["facts"]["aggregates"].items()]
+        note = f"The highest AUC determined the rule, {report['aggregate']}; scores on test are with this rule."
+        tables.append(Table(["eval.aggregate", "AUC, per patient"], rows, "Choice of the aggregation (val)", note))
     if "folds" in report["facts"]:
-        tables.append(_folds(report["facts"]["folds"], unit))
+        tables += _folds(report["facts"]["folds"], classes, list(distinct_levels(test, unit)))
     for noun, level in distinct_levels(test, unit).items():
         rows = [[name, *counts] for name, counts in zip(classes, level["confusion"], strict=True)]
         confusion = Table(["true / predicted", *classes], rows, f"Confusion, per {noun} (test)")
         tables += [_classes(noun, level), confusion]
-    if test["by_source"]:
-        tables.append(_sources(test["by_source"], classes, unit))
+    tables += [_subgroups(column, groups, classes, unit) for column, groups in test["subgroups"].items()]
     if "calibration" in report:
-        tables.append(_calibration(report["calibration"]))
+        tables += [_calibration(report["calibration"]), _recalibration(report["calibration"])]
     tables += _operating_points(config, report.get("operating_points", {}), unit)
     if report["controls"]:
         tables.append(_controls(report, unit))
@@ -163,13 +176,41 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     return tables
 
 
-def _folds(folds: Mapping[str, Any], unit: str) -> Table:
+def _folds(folds: Mapping[str, Any], classes: Sequence[str], units: Sequence[str]) -> list[Table]:
+    """Returns the spread over the folds and, if each left out one source, the scores by source and the drop.
+
+    `units` are the keys of `distinct_levels`.
+    """
     rows = []
     for name, spread in folds["over"].items():
         level, _, metric = name.partition(".")
         values = (spread["mean"], spread["low"], spread["high"], *spread["values"])
-        rows.append([f"{METRICS[metric]}, per {unit if level == 'slice' else level}", *map(Number, values)])
-    return Table(["", "mean", "min", "max", *(f"fold {i}" for i in range(folds["count"]))], rows, "Over the folds")
+        rows.append([f"{METRICS[metric]}, per {units[0] if level == 'slice' else level}", *map(Number, values)])
+    names = folds.get("sources") or [f"fold {i}" for i in range(folds["count"])]
+    title = "Over the sources, each left out of training once" if "sources" in folds else "Over the folds"
+    tables = [Table(["", "mean", "min", "max", *names], rows, title)]
+    if "sources" not in folds:
+        return tables
+    tables += [_subgroups("source", folds["patients"], classes, "patient")] if len(units) > 1 else []
+    note = (
+        "Both networks were tested on the same images: those from the source in the test split of the data set. The "
+        "network of the ordinary split was trained on other patients from this source, the other one on none. The drop "
+        "is the difference, with the interval of a paired bootstrap over patients. AUC needs images of several classes."
+    )
+    for level, noun in zip(bootstrap.UNITS, units, strict=False):
+        rows = []
+        for name, drop in folds["drop"].items():
+            cells: list[Any] = []
+            for metric in ("auc_macro", "balanced_accuracy"):
+                d = drop[f"{level}.{metric}"]
+                ends = () if d["low"] == d["high"] else (d["low"], d["high"])  # draws without variation
+                cells += [Number(d["b"]), Number(d["a"]), Number(d["difference"], *ends)]
+            rows.append([name, drop["n"], *cells])
+        head = ["source", "images"]
+        for metric in ("AUC", "balanced accuracy"):
+            head += [f"{metric}, ordinary split", f"{metric}, left out", "drop"]
+        tables.append(Table(head, rows, f"Drop from the ordinary split, per {noun}", note if level == "slice" else ""))
+    return tables
 
 
 def _classes(unit: str, level: Mapping[str, Any]) -> Table:
@@ -181,18 +222,22 @@ def _classes(unit: str, level: Mapping[str, Any]) -> Table:
     return Table(head, rows, f"Classes, per {unit} (test)")
 
 
-def _sources(by_source: Mapping[str, Any], classes: Sequence[str], unit: str) -> Table:
+def _subgroups(column: str, groups: Mapping[str, Any], classes: Sequence[str], unit: str) -> Table:
+    with_patients = unit != "patient"
     rows = [
-        [source, n["n"], *(n["per_class"][c]["n"] for c in classes), *(number(n, name) for name in COMPARED)]
-        for source, n in sorted(by_source.items(), key=lambda item: (-item[1]["n"], item[0]))
-    ]
-    head = ["source", "n", *classes, *(SHORT_METRICS[name] for name in COMPARED)]
-    return Table(head, rows, f"Sources, per {unit} (test)")
+        [
+            value, *([n["patients"]] if with_patients else ()), n["n"], *(n["per_class"][c]["n"] for c in classes),
+            *(number(n, name) for name in COMPARED),
+        ]
+        for value, n in sorted(groups.items(), key=lambda item: (-item[1]["n"], item[0]))
+    ]  # fmt: skip
+    head = [column, *(["patients"] if with_patients else ()), "n", *classes, *(SHORT_METRICS[m] for m in COMPARED)]
+    return Table(head, rows, f"Subgroups by {column}, per {unit} (test)")
 
 
 def _calibration(calibration: Mapping[str, Any]) -> Table:
     names, temperature = ("ece", "brier", "loss"), calibration["temperature"]
-    scale = "one T per fold" if temperature is None else f"T = {rate(temperature)}"
+    scale = "one T per network" if temperature is None else f"T = {rate(temperature)}"
     kinds = {"uncalibrated": "uncalibrated", "calibrated": f"calibrated by temperature scaling, {scale}"}
     rows = [[words, *(number(calibration[kind], name) for name in names)] for kind, words in kinds.items()]
     note = (
@@ -201,6 +246,21 @@ def _calibration(calibration: Mapping[str, Any]) -> Table:
         "prediction, the service and the exports use the calibrated probabilities."
     )
     return Table(["test probabilities", *(METRICS[name] for name in names)], rows, "Calibration", note)
+
+
+def _recalibration(calibration: Mapping[str, Any]) -> Table:
+    kinds = ("uncalibrated", "calibrated")
+    rows = [
+        [name, *(number(calibration[kind]["per_class"][name], key) for key in ("slope", "intercept") for kind in kinds)]
+        for name in calibration["calibrated"]["per_class"]
+    ]
+    note = (
+        "Log odds of the class against the rest = intercept + slope x log odds of its predicted probability, fitted on "
+        "test by logistic regression. Slope 1 and intercept 0 are perfect calibration; a slope below 1 means that the "
+        "probabilities are too extreme, and a positive intercept that, at even odds, they are too low."
+    )
+    head = ["class against the rest", *(f"{key}, {kind}" for key in ("slope", "intercept") for kind in kinds)]
+    return Table(head, rows, "Calibration slope and intercept (test)", note)
 
 
 def _operating_points(config: Config, points: Mapping[str, Any], unit: str) -> list[Table]:
@@ -257,6 +317,31 @@ def _counts(counts: Mapping[str, Mapping[str, int]] | None) -> Table | None:
     classes = list(next(iter(counts.values())))
     rows = [[split, *(n.get(c, 0) for c in classes), sum(n.values())] for split, n in counts.items()]
     return Table(["split", *classes, "all"], rows)
+
+
+def _characteristics(splits: Mapping[str, Any] | None) -> Table | None:
+    """Returns the table of images, patients and kept columns per split."""
+    if not splits:
+        return None
+    rows: list[list[Any]] = [[name, *(s[key] for s in splits.values())] for name, key in CHARACTERISTICS.items()]
+    columns: dict[str, Any] = {name: None for s in splits.values() for name in s["columns"]}
+    for name in columns:
+        parts = [(s["columns"].get(name, {}), s["groups"]) for s in splits.values()]
+        if any("median" in part for part, _ in parts):
+            spans = [
+                "{:g} ({:g} to {:g})".format(*(round(p[key], 1) for key in ("median", "low", "high"))) if p else "-"
+                for p, _ in parts
+            ]
+            rows += [
+                [f"{name}, median (quartiles)", *spans],
+                [f"{name}, missing", *(p.get("missing") for p, _ in parts)],
+            ]
+            continue
+        for value in {value: None for part, _ in parts for value in part}:
+            cells = [f"{p.get(value, 0):,} ({100 * p.get(value, 0) / n:.0f} %)" for p, n in parts]
+            rows.append([f"{name}: {value}", *cells])
+    note = "Columns of the data set are counted per patient; a patient with several values counts for each."
+    return Table(["", *splits], rows, "Data per split", note if columns else "")
 
 
 def _prepared(summary: Mapping[str, Any]) -> list[Table]:

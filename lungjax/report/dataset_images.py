@@ -50,8 +50,12 @@ class View:
 
     @cached_property
     def typical_row(self) -> int:
-        """Row of a training image from the largest source; for CT slices, one with large lungs."""
-        rows = self.data.rows("train")
+        """Row of a training image (any, without a train split) from the largest source; a CT slice has large lungs."""
+        rows = (
+            self.data.rows("train")
+            if len(self.data.rows("train"))
+            else np.flatnonzero(self.data.columns["split"] != "")
+        )
         sources, count = np.unique(self.data.columns["source"][rows], return_counts=True)
         rows = rows[self.data.columns["source"][rows] == sources[np.argmax(count)]]
         candidates = statistics.spread(np.unique(rows), self.data, MAX_CANDIDATES, self.rng)

@@ -110,8 +110,11 @@ def _protocol(view: View, protocol: str) -> dict[str, Any]:
     }
 
 
-def _imbalance(data: Prepared) -> dict[str, Any]:
+def _imbalance(data: Prepared) -> dict[str, Any] | None:
+    """Returns the imbalance of the train split and class weights; None without a train split."""
     train = np.bincount(data.columns["label"][data.rows("train")], minlength=len(data.classes))
+    if not train.any():
+        return None
     weights = [f"{train.sum() / (len(train) * n):.3f}" if n else "-" for n in train]
     return {
         "ratio": f"{train.max() / train.min():.1f}" if train.min() else "infinitely many",

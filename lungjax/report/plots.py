@@ -12,6 +12,7 @@ from lungjax.evaluation import metrics, operating_points
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import contact_sheet, style
 from lungjax.report.contact_sheet import Section, Tile
+from lungjax.report.templating import count
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -256,4 +257,43 @@ def decision_curves(predictions: Predictions, path: Path) -> None:
     figure.supxlabel("Threshold probability", fontsize=10, color=style.INK)
     handles, labels = axes.flat[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False, fontsize=9)
+    style.save(figure, path)
+
+
+def flow(counts: Mapping[str, Any], path: Path) -> None:
+    """Draws the flow of images and patients from found to excluded to splits; `counts` is `flow` of report.json."""
+
+    def box(x: float, y: float, lines: Sequence[str], color: str = style.INK, ha: str = "center") -> None:
+        frame = {"boxstyle": "square,pad=0.6", "facecolor": "white", "edgecolor": color}
+        text = style.plain("\n".join(lines))
+        axis.text(x, y, text, ha=ha, va="center", fontsize=9, color=style.INK, linespacing=1.4, bbox=frame)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": style.MUTED, "shrinkB": 0}, zorder=0)
+
+    def size(of: Mapping[str, int]) -> str:
+        return f"{count(of['images'], 'image')}, {count(of['groups'], 'patient')}"
+
+    excluded = {"found": counts["skipped"], "prepared": counts["removed"]}
+    titles = {"found": "Found", "prepared": "Read", "used": "Used in this run"}
+    height = 5.2 + 0.2 * sum(map(len, excluded.values()))
+    figure = style.figure(9, height)
+    axis = figure.subplots()
+    axis.set(xlim=(0, 9), ylim=(0, height))
+    axis.axis("off")
+    ys = np.linspace(height - 0.5, 2.0, 3)
+    for (name, title), y, below in zip(titles.items(), ys, [*ys[1:], None], strict=True):
+        box(3, y, [title, size(counts[name])])
+        if below is None:
+            continue
+        arrow((3, y), (3, below + 0.3))
+        if reasons := excluded[name]:
+            arrow((3, (y + below) / 2), (4.6, (y + below) / 2))
+            lines = [f"Excluded: {count(sum(reasons.values()), 'image')}"]
+            lines += [f"{n:,} {reason}" for reason, n in reasons.items()]
+            box(4.7, (y + below) / 2, lines, style.WRONG, "left")
+    xs = [3.0] if len(counts["splits"]) == 1 else np.linspace(1.2, 7.4, len(counts["splits"]))
+    for x, (name, of) in zip(xs, counts["splits"].items(), strict=True):
+        arrow((3, ys[-1] - 0.25), (x, 0.75))
+        box(x, 0.45, [name, size(of)], style.COLORS[0])
     style.save(figure, path)

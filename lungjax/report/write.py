@@ -21,6 +21,7 @@ from lungjax.runtime.files import atomic_write
 VERSION = 1
 MIN_EXAMPLES = 20  # of a class, below which its rates are unreliable
 MIN_PATIENTS = 10  # below which intervals are unreliable
+MIN_SUBGROUP = 20  # patients of a subgroup, below which its scores are unreliable
 MAX_SOURCES = 30  # up to which each source has intervals
 Explain = Callable[[np.ndarray, np.ndarray], np.ndarray]  # see write_report
 
@@ -52,7 +53,7 @@ def write_report(
         None omits mistakes.png.
       summary: summary.json of the prepared data.
       about: the fields of `datasets.About`.
-      temperature: that of `results`, 1 if they are not calibrated; None if the folds have their own.
+      temperature: that of `results`, 1 if they are not calibrated; None if several networks have their own.
       points: the thresholds to evaluate; None chooses them on "val", if available.
 
     Raises ValueError if "test" is missing or empty, or if probabilities are invalid.
@@ -61,6 +62,7 @@ def write_report(
         raise ValueError("no test predictions: the report needs a test split with images")
     test = results["test"]
     wrong = plots.choose_examples(test, config.eval.examples)[1]
+    rules = np.unique(test.extra.get("aggregate", "mean"))
     key, step = f"val.{config.train.monitor}", facts.get("best_step")
     scores = [row[key] for row in history if row["step"] == step and key in row]
     report = {
@@ -69,6 +71,7 @@ def write_report(
         "classes": list(test.classes),
         "unit": (summary or {}).get("unit", "image"),
         "best": {"step": step, "monitor": config.train.monitor, "score": scores[-1] if scores else None},
+        "aggregate": rules.item() if rules.size == 1 else "per fold",
         "warnings": [],
         "facts": dict(facts),
         **{split: _levels(results[split], config) for split in ("test", "val") if split in results},
@@ -90,8 +93,12 @@ def write_report(
     if (source := results.get("source_only")) is not None:
         gain = bootstrap.paired_difference(source, test, ["auc_macro"], config.eval.draws)["auc_macro"]
         report["controls"]["source_only"]["gain"] = {k: getattr(gain, k) for k in ("difference", "low", "high")}
+    if summary and "flow" in summary and "characteristics" in facts:
+        report["flow"] = _flow(
+            summary, facts["characteristics"], "clean" if "external" in facts else config.data.protocol
+        )
     if test.logits is not None and temperature != 1.0:
-        report["calibration"] = calibration.summary(test, temperature)
+        report["calibration"] = calibration.summary(test, temperature, config.eval.draws)
     if points is None and len(results.get("val", ())):
         points = operating_points.choose_all(results["val"], test, config.eval)
     if points:
@@ -111,12 +118,28 @@ def write_report(
 
 def _levels(p: Predictions, config: Config) -> dict[str, Any]:
     """Returns `metrics.report_levels` with `intervals` in each level."""
-    levels, parts = metrics.report_levels(p), metrics.by_source(p)
+    levels = metrics.report_levels(p)
     for unit in bootstrap.UNITS:
         levels[unit]["intervals"] = bootstrap.intervals(p, config.eval.draws, unit=unit)
-    for name in parts if len(parts) <= MAX_SOURCES else ():
-        levels["by_source"][name]["intervals"] = bootstrap.intervals(parts[name], config.eval.draws)
+    for column, parts in metrics.subgroups(p).items():
+        for value in parts if len(parts) <= MAX_SOURCES else ():
+            levels["subgroups"][column][value]["intervals"] = bootstrap.intervals(parts[value], config.eval.draws)
     return levels
+
+
+def _flow(summary: Mapping[str, Any], splits: Mapping[str, Any], protocol: str) -> dict[str, Any]:
+    """Returns the images and groups from found to splits; `splits` is from `summary.characteristics`."""
+    sizes = {name: {key: split[key] for key in ("images", "groups")} for name, split in splits.items()}
+    removed = dict(summary["flow"]["removed"]) if protocol == "clean" else {}
+    rest = summary["images"] - sum(removed.values()) - sizes["all"]["images"]
+    return {
+        "found": summary["flow"]["found"],
+        "skipped": {reason: n for reason, n in summary["flow"]["skipped"].items() if n},
+        "prepared": {key: summary[key] for key in ("images", "groups")},
+        "removed": removed | ({"in no split of this run": rest} if rest > 0 else {}),
+        "used": sizes.pop("all"),
+        "splits": sizes,
+    }
 
 
 def warnings(
@@ -154,7 +177,11 @@ def warnings(
     patients = len(np.unique(metrics.patient_keys(p)))
     if config.eval.draws and patients < MIN_PATIENTS:
         yield f"The test images come from {count(patients, 'patient')}: too few for reliable intervals."
-    yield from _source_warnings(p, report["test"]["by_source"])
+    if "sources" not in report["facts"].get("folds", {}):  # otherwise the network has not seen the source
+        yield from _source_warnings(p, report["test"]["subgroups"].get("source", {}))
+    groups = [(f"{c} {v}", g["patients"]) for c, vs in report["test"]["subgroups"].items() for v, g in vs.items()]
+    if small := [f"{name} ({n})" for name, n in groups if n < MIN_SUBGROUP]:
+        yield f"Subgroups with fewer than {MIN_SUBGROUP} test patients: {listed(small)}. Their scores are unreliable."
     scored = [row["step"] for row in history if f"val.{config.train.monitor}" in row]
     if config.train.keep == "best" and len(scored) > 1 and report["best"]["step"] == scored[-1]:
         length = config.train
@@ -198,6 +225,10 @@ def draw(
     plots.reliability(kinds or {"uncalibrated": calibration.bins(test)}, folder / "reliability.png")
     plots.decision_curves(test, folder / "decision_curve.png")
     files += ["roc.png", "pr.png", "reliability.png", "decision_curve.png"]
+    (folder / "flow.png").unlink(missing_ok=True)  # from an earlier report
+    if "flow" in report:
+        plots.flow(report["flow"], folder / "flow.png")
+        files.append("flow.png")
     if config.eval.examples:
         plots.example_sheet(test, read_image, config.eval.examples, folder / "examples.png")
         files.append("examples.png")

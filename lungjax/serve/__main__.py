@@ -28,7 +28,8 @@ FLAGS = flags.FLAGS
 
 def define_flags() -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("model", None, "A run folder, or a model.pyz or model.onnx of lungjax.export.")
+    kinds = "A run folder, or a model.pyz or model.onnx of lungjax.export"
+    flags.DEFINE_list("model", [], cli.MODEL_HELP.format(kinds))
     flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; any other than loopback is open to other machines.")
     flags.DEFINE_integer("port", 8000, "Port; 0 picks a free one.", 0, 65535)
     flags.DEFINE_list("allowed_hosts", [], "Additional Host names to accept; a reverse proxy must forward Host.")

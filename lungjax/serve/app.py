@@ -26,7 +26,7 @@ from lungjax import __version__
 from lungjax.config import nearest
 from lungjax.config.metadata import NOTICE
 from lungjax.explain import figures, saliency
-from lungjax.inference import records
+from lungjax.inference import artifacts, records
 from lungjax.inference.artifacts import Input
 from lungjax.inference.model import Model
 from lungjax.report import templating
@@ -114,8 +114,9 @@ class Service:
             good = [file for file in files if file.error is None]
             futures = self.device.submit("explain", [file.inputs[0].pixels for file in good], target, method)
             maps = await asyncio.gather(*futures)
-            pairs = [(file.inputs[0].pixels, heat) for file, (heat, _) in zip(good, maps, strict=True)]
-            pictures = await asyncio.gather(*(self._run(draw, pixels, heat, method) for pixels, heat in pairs))
+            shown = [artifacts.picture(self.metadata, file.inputs[0].pixels) for file in good]
+            pairs = [(image, heat) for image, (heat, _) in zip(shown, maps, strict=True)]
+            pictures = await asyncio.gather(*(self._run(draw, image, heat, method) for image, heat in pairs))
         results = []
         for file, (_, p), urls in zip(good, maps, pictures, strict=True):
             explained = classes[int(np.argmax(p)) if target is None else target]
@@ -198,7 +199,7 @@ class Service:
             return _Decoded(file.name, error=problem)
 
     def _record(self, file: _Decoded, p: np.ndarray, rule: str) -> dict[str, Any]:
-        """Returns the record of a file from the mean over its frames of the probabilities `p` [frames, classes]."""
+        """Returns the record of a file, aggregated over its frames, from the probabilities `p` [frames, classes]."""
         first = file.inputs[0]
         if len(p) == 1:
             return records.record(self.metadata, file.name, p[0], first.novelty, first.warnings, rule)

@@ -35,7 +35,7 @@ class Prediction(Strict):
 
 
 class Record(Prediction):
-    """One file: an image, or the mean over the slices of a multi-frame CT."""
+    """One file: an image, or the slices of a multi-frame CT, aggregated as in the report."""
 
     file: str = Field(description="name in the request")
     novelty: float | None = Field(
@@ -51,7 +51,7 @@ class Failure(Strict):
 
 
 class Series(Prediction):
-    """The CT slices of one DICOM series; probabilities are the mean over slices."""
+    """The CT slices of one DICOM series; probabilities are aggregated over them as in the report."""
 
     series: str
     files: int

@@ -9,7 +9,8 @@ from lungjax import config as configs
 
 SPLITS = ("val", "test")
 METRIC = re.compile(
-    r"(?=[^@]*$|val\.\w+\.\w+@)(?P<split>val|test)\.(?P<unit>slice|patient)\.(?P<name>[^@]+)(@(?P<validation>[1-9]\d*))?"
+    r"(?=[^@]*$|val\.\w+\.\w+@)(?P<split>val|test)\.(?P<unit>slice|patient)\.(?P<name>[^@/]+)"
+    r"(@(?P<validation>[1-9]\d*)|/(?P<size>[1-9]\d*))?"
 )
 CHARTS = ("bars", "confusions", "curves")
 
@@ -21,23 +22,25 @@ class Cell:
     row: str
     column: str
     experiment: str  # as --experiment takes it, without the seed
-    metric: str  # SPLIT.UNIT.NAME
+    metric: str  # SPLIT.UNIT.NAME, or SPLIT.UNIT.NAME/SIZE for random draws of SIZE examples
     published: float | None  # None if the study printed no number
     decimals: int = 3  # printed digits after the decimal point
     note: str = ""  # one sentence below the table
-    # The parts of `metric`: SPLIT, UNIT, NAME, and the number of a validation (0: of the tested weights).
+    # The parts of `metric`: SPLIT, UNIT, NAME, the number of a validation (0: of the tested weights), SIZE (0: all).
     split: str = field(init=False)
     unit: str = field(init=False)
     name: str = field(init=False)
     validation: int = field(init=False)
+    size: int = field(init=False)
 
     def __post_init__(self) -> None:
         """Sets the parts of `metric`. Raises ValueError for an invalid metric or published number."""
         where = f"{self.row}, {self.column}"
         if not (match := METRIC.fullmatch(self.metric)):
-            allowed = "SPLIT.UNIT.NAME (SPLIT: val or test; UNIT: slice or patient) or val.UNIT.NAME@VALIDATION"
+            allowed = "SPLIT.UNIT.NAME[/SIZE] (SPLIT: val or test; UNIT: slice or patient) or val.UNIT.NAME@VALIDATION"
             raise ValueError(f"{where}: metric {self.metric!r}: expected {allowed}")
-        vars(self).update(match.groupdict(), validation=int(match["validation"] or 0))
+        numbers = {name: int(match[name] or 0) for name in ("validation", "size")}
+        vars(self).update(match.groupdict() | numbers)
         limit = float("inf") if self.name == "loss" else 1.0
         if self.published is not None and not 0 <= self.published <= limit:
             raise ValueError(f"{where}: published {self.published}: a rate must be in 0..1")
@@ -59,9 +62,10 @@ class Table:
     # Images per class, in label order, of the study's splits, such as {"val": (908, 388, 45)}. A run with other counts
     # used other data and does not count.
     counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    max_missing: float = 0.0  # share of a class in `counts` that an incomplete copy may lack; the cells state how many
     # Published confusion matrices by row; each has one row per true class.
     matrices: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
-    elsewhere: str = ""  # how the data of the published numbers differ; if set, there are no verdicts
+    elsewhere: str = ""  # how the data of the published numbers differ; if set, only draws of SIZE have verdicts
     notes: tuple[str, ...] = ()  # sentences below the table
     charts: tuple[str, ...] = ()  # of CHARTS
     chosen_from: str = ""  # the table whose best configuration is scored; see the module's docstring

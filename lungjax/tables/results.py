@@ -51,7 +51,7 @@ class Result:
     cell: Cell
     group: Group  # the runs of the number
     state: str  # "finished", or why the number is missing or not final
-    reason: str = ""  # the details
+    reason: str = ""  # the details; if finished, the images that the data lack
     ours: float | None = None
     low: float | None = None
     high: float | None = None
@@ -73,7 +73,7 @@ class Reader:
         self._table, self._options, self._draws = table, options, draws
         self._failures = failures or {}
         self._groups: dict[str, Group] = {}
-        self._levels: dict[tuple[str, str, str], dict[str, Value]] = {}
+        self._levels: dict[tuple[str, str, str, int], dict[str, Value]] = {}
 
     def group(self, experiment: str) -> Group:
         """Returns the runs of an experiment with their states and predictions."""
@@ -86,7 +86,9 @@ class Reader:
             planned = runs.plan(experiment, self._options)
         except (ValueError, ImportError, SyntaxError) as error:
             return Group(experiment, (), (State("unusable", str(error)),), {})
-        states = runs.agree([runs.check(run, self._options.data_dir, self._table.counts) for run in planned])
+        table = self._table
+        found = [runs.check(run, self._options.data_dir, table.counts, table.max_missing) for run in planned]
+        states = runs.agree(found)
         predictions: list[list[Predictions]] = []  # of each finished run, by split
         for i, (run, state) in enumerate(zip(planned, states, strict=True)):
             if state.report is not None:
@@ -97,11 +99,12 @@ class Reader:
         by_split = {split: tuple(own[i] for own in predictions) for i, split in enumerate(cells.SPLITS)}
         return Group(experiment, planned, tuple(states), by_split)
 
-    def _level(self, group: Group, split: str, unit: str) -> dict[str, Value]:
+    def _level(self, group: Group, cell: Cell) -> dict[str, Value]:
         """Returns `bootstrap.over_runs` of a finished group, computed once; raises the errors of `over_runs`."""
-        key = (group.experiment, split, unit)
+        key = (group.experiment, cell.split, cell.unit, cell.size)
         if key not in self._levels:
-            self._levels[key] = bootstrap.over_runs(group.predictions[split], draws=self._draws, unit=unit)
+            runs = group.predictions[cell.split]
+            self._levels[key] = bootstrap.over_runs(runs, draws=self._draws, unit=cell.unit, size=cell.size)
         return self._levels[key]
 
     def result(self, cell: Cell) -> Result:
@@ -110,7 +113,7 @@ class Reader:
         if not group.finished:
             return self._unfinished(cell, group)
         try:
-            level = {} if cell.validation else self._level(group, cell.split, cell.unit)
+            level = {} if cell.validation else self._level(group, cell)
             logged = runs.logged(group.runs, cell) if cell.validation else None
             ours, low, high = level.get(cell.name, (logged, None, None))
         except ValueError as error:
@@ -118,8 +121,9 @@ class Reader:
         if ours is None:
             return Result(cell, group, "undefined", f"{cell.metric} is undefined for these predictions")
         # Overrides make a different experiment, to which the published number does not apply.
-        other = self._table.elsewhere or any(run.changed for run in group.runs)
-        return Result(cell, group, "finished", "", ours, low, high, "" if other else compare(cell, low, high))
+        other = (self._table.elsewhere and not cell.size) or any(run.changed for run in group.runs)
+        verdict, reason = "" if other else compare(cell, low, high), group.states[0].reason
+        return Result(cell, group, "finished", reason, ours, low, high, verdict)
 
     def _unfinished(self, cell: Cell, group: Group) -> Result:
         left = [(i, state) for i, state in enumerate(group.states) if state.kind != "finished"]
@@ -236,7 +240,7 @@ def markdown(table: Table, results: Sequence[Result], options: Options, captions
             _rounded(r.ours, r.cell) or r.state,
             "" if r.low is None else f"{_rounded(r.low, r.cell)} to {_rounded(r.high, r.cell)}",
             "" if r.difference is None else f"{r.difference:+.{max(r.cell.decimals, 3)}f}",
-            r.verdict or (r.state if r.ours is not None and r.state != "finished" else ""),
+            ", ".join(filter(None, [r.verdict, r.reason if r.state == "finished" else r.state if r.ours else ""])),
             *([place(r.chosen) if r.chosen else ""] * choice),
         ])  # fmt: skip
     reasons: dict[str, list[str]] = {}  # cells by the reason why their numbers are missing
@@ -249,6 +253,7 @@ def markdown(table: Table, results: Sequence[Result], options: Options, captions
         title=table.title,
         source=table.source,
         elsewhere=table.elsewhere.rstrip("."),
+        draws=any(cell.size for cell in table.cells),
         seeds=options.seeds,
         sets=options.sets,
         cell_count=len(results),

@@ -77,7 +77,7 @@ class State:
     """The state of a run's folder."""
 
     kind: str  # of EXECUTABLE, or "other configuration", "other data", "unusable", "finished"
-    reason: str = ""  # "" if finished
+    reason: str = ""  # if finished, the images that the run's data lack, such as "97 of 100 covid test images"
     report: Mapping[str, Any] | None = None  # of a finished run
 
 
@@ -101,11 +101,11 @@ def plan(name: str, options: Options) -> tuple[Run, ...]:
     return tuple(runs)
 
 
-def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> State:
+def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]], max_missing: float = 0.0) -> State:
     """Returns the state of a run's folder, without reading its predictions.
 
     The run's data must have the fingerprint of the copy in `data_dir`, if prepared, and `counts` images per class in
-    the study's splits; a run under the clean protocol may lack a share of up to MAX_EXCLUDED.
+    the study's splits. A class may lack a share of up to `max_missing`, and MAX_EXCLUDED under the clean protocol.
     """
     saved, report = run.folder / "config.json", run.folder / "report.json"
     if not saved.exists():
@@ -141,13 +141,15 @@ def check(run: Run, data_dir: Path, counts: Mapping[str, Sequence[int]]) -> Stat
         prints = f"fingerprint {fingerprint[:12]}, but {data_dir} has {now[:12]}: images, labels or splits differ"
         return State("other data", f"{run.folder} was trained on {dataset} with {prints}")
     # The clean protocol excludes exact copies from the published split; real data sets have few.
-    lowest = 1 - MAX_EXCLUDED if run.protocol == "clean" else 1.0
+    share, lacking = max_missing + MAX_EXCLUDED * (run.protocol == "clean"), []
     for split, published in counts.items():
         own = own_counts.get(split, [])
-        if len(own) != len(published) or any(not lowest * n <= m <= n for m, n in zip(own, published, strict=True)):
+        if len(own) != len(published) or any(not 0 <= n - m <= share * n for m, n in zip(own, published, strict=True)):
             numbers = f"{listed(own)} images per class, the study {listed(published)} ({', '.join(classes)})"
             return State("other data", f"{run.folder}: the {split} split has {numbers}")
-    return State("finished", report=content)
+        each = zip(own, published, classes, strict=True)
+        lacking += [f"{m:,} of {n:,} {name} {split} images" for m, n, name in each if m < n]
+    return State("finished", ", ".join(lacking), content)
 
 
 def agree(states: Sequence[State]) -> list[State]:

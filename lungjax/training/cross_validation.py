@@ -1,9 +1,9 @@
-"""Cross-validation: one run per fold, and a report over all folds, in which each image is tested once."""
+"""Cross-validation: one run per fold or per source, and a report over all, in which each image is tested once."""
 
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,13 +14,14 @@ import numpy as np
 from lungjax import config as configs
 from lungjax import datasets
 from lungjax.config import Config, overrides
-from lungjax.data import folds, pipeline
+from lungjax.data import folds, pipeline, summary
 from lungjax.data.prepared import Prepared
-from lungjax.evaluation import metrics, predictions
+from lungjax.evaluation import bootstrap, metrics, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
+from lungjax.report.templating import listed
 from lungjax.runtime import distributed, provenance
-from lungjax.training import auto, progress, setup, train
+from lungjax.training import auto, progress, train
 from lungjax.training import workdir as workdirs
 from lungjax.weights import load
 
@@ -28,37 +29,51 @@ POOLED = ("test", "no_lungs", "source_only")  # not val, whose patients are test
 PREFIXES = ("predictions_", "report.", "plots")  # of the files next to the folds
 SHARED_FACTS = ("parameters", "compute_type", "steps")  # reported if equal in all folds
 SPREAD_METRICS = ("accuracy", "balanced_accuracy", "auc_macro", "f1_macro")  # per slice and per patient
+DROP_METRICS = ("auc_macro", "balanced_accuracy")  # compared with the ordinary split
+ORDINARY = "ordinary"  # folder of the run with the splits of the data set, next to those that leave one source out
 RESTART = "delete the cross-validation folder to start over"
 
 
 def run(
-    config: Config, count: int, workdir: Path, data_dir: Path, mode: str = "train", weights_dir: Path | None = None
+    config: Config, kind: int | str, workdir: Path, data_dir: Path, mode: str = "train", weights_dir: Path | None = None
 ) -> Path:
     """Trains and tests one run per fold in WORKDIR/fold0, fold1, ... and writes WORKDIR/report.md on all folds.
 
-    Finished folds are skipped, unfinished ones resumed. WORKDIR receives the pooled predictions (with the column
+    `kind` is the number of folds, or "source": fold i then leaves out the i-th source in alphabetical order
+    (`folds.leave_out`), and WORKDIR/ordinary, with the splits of the data set, is trained first for comparison.
+    Finished runs are skipped, unfinished ones resumed. WORKDIR receives the pooled predictions (with the column
     `extra_fold`), plots and reports. The other arguments are those of `train.run`. Raises ValueError if the data does
-    not allow `count` folds or WORKDIR contains other files, and as `train.run` does.
+    not allow these folds or WORKDIR contains other files, and as `train.run` does.
     """
     started = time.time()
-    if count < folds.MIN_FOLDS:
-        raise ValueError(f"--folds={count}: expected {folds.MIN_FOLDS} or more, one each for test, val and train")
-    parts = [replace(config, data=replace(config.data, folds=count, fold=i)) for i in range(count)]
-    for part in parts:
-        configs.check(part)
-    distributed.run_on_all_hosts(lambda: _check_folder(workdir, count))
-    data = distributed.run_on_all_hosts(lambda: setup.open_data(parts[0], data_dir))
-    folders = [workdir / f"fold{i}" for i in range(count)]
-    # The first fold determines the values of all.
-    config = distributed.run_on_all_hosts(lambda: auto.resolve(parts[0], data, folders[0], weights_dir))
-    parts = [replace(config, data=part.data) for part in parts]
-    for i, (part, folder) in enumerate(zip(parts, folders, strict=True)):
-        if mode == "train" and distributed.run_on_all_hosts(partial(is_finished, folder, part, data)):
-            distributed.print_once(f"fold {i} is finished: {folder}")
+    base = config.data
+    data = distributed.run_on_all_hosts(lambda: datasets.open_dataset(base.dataset, str(data_dir), base.protocol))
+    if isinstance(kind, int):
+        if kind < folds.MIN_FOLDS:
+            raise ValueError(f"--folds={kind}: expected {folds.MIN_FOLDS} or more, one each for test, val and train")
+        parts = {f"fold{i}": replace(base, folds=kind, fold=i) for i in range(kind)}
+    else:
+        sources = distributed.run_on_all_hosts(lambda: folds.source_names(data))
+        parts = {ORDINARY: replace(base, test_source="")}
+        parts |= {f"fold{i}": replace(base, test_source=source) for i, source in enumerate(sources)}
+    distributed.run_on_all_hosts(lambda: _check_folder(workdir, parts))
+    for part in parts.values():
+        configs.check(replace(config, data=part))
+    views = distributed.run_on_all_hosts(
+        lambda: [folds.apply(data, replace(config, data=part)) for part in parts.values()]
+    )
+    folders = [workdir / name for name in parts]
+    # The first run determines the values of all.
+    first = replace(config, data=next(iter(parts.values())))
+    config = distributed.run_on_all_hosts(lambda: auto.resolve(first, views[0], folders[0], weights_dir))
+    for folder, part in zip(folders, parts.values(), strict=True):
+        run_config, test = replace(config, data=part), f" (test: {part.test_source})" if part.test_source else ""
+        if mode == "train" and distributed.run_on_all_hosts(partial(is_finished, folder, run_config, data)):
+            distributed.print_once(f"{folder.name}{test} is finished: {folder}")
             continue
-        distributed.print_once(f"fold {i} of 0 to {count - 1}: {folder}")
-        train.run(part, folder, data_dir, mode, weights_dir)
-    distributed.on_first_host(lambda: write(parts[0], workdir, folders, data, data_dir, started))
+        distributed.print_once(f"{folder.name}{test}, of {len(parts)} runs: {folder}")
+        train.run(run_config, folder, data_dir, mode, weights_dir)
+    distributed.on_first_host(lambda: write(config, workdir, folders, data, data_dir, started))
     return workdir / "report.md"
 
 
@@ -79,7 +94,12 @@ def is_finished(folder: Path, config: Config, data: Prepared) -> bool:
 def write(
     config: Config, workdir: Path, folders: Sequence[Path], data: Prepared, data_dir: Path, started: float
 ) -> None:
-    """Writes the report on the pooled predictions of all folds. Raises ValueError if they are inconsistent."""
+    """Writes the report on the pooled predictions of all folds. Raises ValueError if they are inconsistent.
+
+    The run in the folder ORDINARY, if any, is not a fold but compared with the folds.
+    """
+    ordinary = next((folder for folder in folders if folder.name == ORDINARY), None)
+    folders = [folder for folder in folders if folder != ordinary]
     fold_predictions = [predictions.read(folder / "predictions_test.csv") for folder in folders]
     results = {"test": pool(fold_predictions, data)}
     expected = data.columns["file"][data.columns["split"] != ""]
@@ -92,6 +112,13 @@ def write(
     config = load.resolve(config)
     rows, reader = _rows(results["test"], data), pipeline.Reader(data, config.input)
     facts = _facts(folders, fold_predictions, data) | {"seconds": round(time.time() - started, 1)}
+    if ordinary:
+        before = predictions.read(ordinary / "predictions_test.csv")
+        facts["folds"] |= by_source(fold_predictions, before, config.eval.draws)
+        for folder, source in zip(folders, facts["folds"]["sources"], strict=True):
+            counts = json.loads((folder / "report.json").read_text("utf-8"))["facts"]["counts"]["train"]
+            if few := [f"{name} ({n})" for name, n in counts.items() if n < reporting.MIN_EXAMPLES]:
+                facts["notes"].append(f"Without {source}, the train split has few images of {listed(few)}.")
     reporting.write_report(
         workdir, config, results, [], facts, lambda i: reader(rows[i]), **datasets.describe(data, data_dir),
         temperature=None,
@@ -134,16 +161,41 @@ def spread(fold_predictions: Sequence[Predictions]) -> dict[str, dict[str, Any]]
     return result
 
 
+def by_source(left_out: Sequence[Predictions], ordinary: Predictions, draws: int) -> dict[str, Any]:
+    """Returns the facts about networks that each were tested on one source, which they had not seen in training.
+
+    `sources` are the names; `patients` has, by name, the level over the patients of the source; `drop` has, by name,
+    `n`, the images of the source in the test split of `ordinary`, and by metric, such as "slice.auc_macro", the
+    `bootstrap.Difference` of `ordinary` (b) and the network that left the source out (a) on these images.
+    """
+    names = [str(p.sources[0]) for p in left_out]
+    patients, drop = dict[str, Any](), dict[str, Any]()
+    for name, p in zip(names, left_out, strict=True):
+        intervals = bootstrap.intervals(p, draws, unit="patient")
+        patients[name] = metrics.summarize(metrics.by_patient(p)[0]) | {"intervals": intervals}
+        before = predictions.take(ordinary, np.flatnonzero(ordinary.sources == name))
+        if len(before):
+            after = predictions.take(p, np.flatnonzero(np.isin(p.ids, before.ids)))
+            drop[name] = {"n": len(before)} | {
+                f"{unit}.{metric}": vars(each)
+                for unit in bootstrap.UNITS
+                for metric, each in bootstrap.paired_difference(after, before, DROP_METRICS, draws, unit).items()
+            }
+    return {"sources": names, "patients": patients, "drop": drop}
+
+
 def _facts(folders: Sequence[Path], fold_predictions: Sequence[Predictions], data: Prepared) -> dict[str, Any]:
     fold_facts = [json.loads((folder / "report.json").read_text("utf-8"))["facts"] for folder in folders]
     items = fold_facts[0].items()
     shared = {k: v for k, v in items if k in SHARED_FACTS and all(facts.get(k) == v for facts in fold_facts)}
-    counts = np.bincount(data.columns["label"][data.columns["split"] != ""], minlength=len(data.classes))
+    rows = np.flatnonzero(data.columns["split"] != "")
+    counts = np.bincount(data.columns["label"][rows], minlength=len(data.classes))
     sizes = [len(p) for p in fold_predictions]  # may differ, since near duplicates are in the same fold
     span = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
     return {
         **workdirs.data_facts(data),
         "counts": {"test": dict(zip(data.classes, counts.tolist(), strict=True))},
+        "characteristics": summary.characteristics(data, {"test": rows}),
         **shared,
         **provenance.facts(),
         "folds": {"count": len(folders), "images": sizes, "over": spread(fold_predictions)},
@@ -164,10 +216,10 @@ def _rows(p: Predictions, data: Prepared) -> np.ndarray:
     return np.asarray([rows[name] for name in p.ids.tolist()])
 
 
-def _check_folder(workdir: Path, count: int) -> None:
+def _check_folder(workdir: Path, names: Collection[str]) -> None:
     if not workdir.exists():
         return
-    names = {f"fold{i}" for i in range(count)}
     foreign = [p.name for p in workdir.iterdir() if p.name not in names and not p.name.startswith(PREFIXES)]
     if foreign:
-        raise ValueError(f"{workdir}: {min(foreign)} does not belong to {count} folds; choose another --workdir")
+        last = [*names][-1]
+        raise ValueError(f"{workdir}: {min(foreign)} does not belong to folds up to {last}; choose another --workdir")

@@ -14,7 +14,7 @@ from scipy.special import logsumexp, softmax
 
 from lungjax import datasets
 from lungjax.config import Config, metadata, nearest, overrides
-from lungjax.data import pipeline
+from lungjax.data import pipeline, summary
 from lungjax.data.prepared import SPLITS, Prepared
 from lungjax.datasets import overlap
 from lungjax.evaluation import baselines, predictions
@@ -52,11 +52,20 @@ def evaluate(
     one has the clean protocol; `split` is one of TESTABLE_SPLITS, `label_map` as in `read_map`; `drop_overlap` drops
     patients that the run has seen. NAME is `dataset` with "_" for "/", and ends with `split` unless it is test.
 
-    Temperature and thresholds are those in the run's model.json. If the label map joins or leaves out classes of the
-    run, thresholds are chosen on the run's val split with the label map applied. Raises ValueError for a missing run,
-    data set, class or split, or if the run has seen some of the images.
+    Temperature, thresholds and test-time augmentation are those in the run's model.json. If the label map joins or
+    leaves out classes of the run, thresholds are chosen on the run's val split with the label map applied. Raises
+    ValueError for a missing run, data set, class or split, or if the run has seen some of the images.
     """
     started = time.time()
+    path = workdir / metadata.FILE
+    model = metadata.read(path) if path.exists() else None  # the run may not be finished
+    if model and config.eval.tta != model.tta:
+        if config.eval.tta != overrides.read(workdir / "config.json").eval.tta:
+            setting = f"--set=eval.tta={config.eval.tta}"
+            raise ValueError(
+                f"{setting}: the run was calibrated with eval.tta={model.tta}; first test the run itself with {setting}"
+            )
+        config = replace(config, eval=replace(config.eval, tta=model.tta))
     run = distributed.run_on_all_hosts(lambda: setup.set_up(config, workdir, data_dir, "evaluate", started))
     other = distributed.run_on_all_hosts(lambda: datasets.open_dataset(dataset, data_dir))
     distributed.check_same(
@@ -75,8 +84,6 @@ def evaluate(
     )
     notes += _notes(run.config, run.data, view)
     variables, step = restore_best(workdir, run.program.abstract_state.variables)
-    path = workdir / metadata.FILE
-    model = metadata.read(path) if path.exists() else None  # the run may not be finished
     temperature = model.temperature if model else 1.0
     results = {}
     with program.memory_advice(run.config, run.program.mesh.size):
@@ -88,6 +95,8 @@ def evaluate(
                 unlabeled = replace(images, classes=run.data.classes, columns=columns)
                 predicted = run.predict(variables, "test", unlabeled)
                 results[name] = map_predictions(predicted, mapping, labels[images.rows("test")], temperature)
+                if model and model.aggregate != "mean":
+                    results[name] = predictions.with_rule(results[name], model.aggregate)
     if model:
         own_val = predictions.read(workdir / "predictions_val.csv")
         results["val"] = map_val(own_val, mapping, run.data.name, temperature)
@@ -100,6 +109,7 @@ def evaluate(
         "classes": list(mapping.classes),
         "fingerprint": other.fingerprint,
         "counts": {"test": dict(zip(mapping.classes, counts.tolist(), strict=True))},
+        "characteristics": summary.characteristics(view),
         "best_step": step,
         "seconds": round(time.time() - started, 1),
         "external": {

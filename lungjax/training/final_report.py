@@ -10,8 +10,8 @@ import numpy as np
 from lungjax import datasets
 from lungjax.config import metadata
 from lungjax.data import pipeline, summary
-from lungjax.evaluation import baselines, calibration
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation import baselines, calibration, operating_points
+from lungjax.evaluation.predictions import Predictions, with_rule
 from lungjax.explain import figures, saliency
 from lungjax.models import trees
 from lungjax.models.outputs import positive_class
@@ -42,6 +42,10 @@ def write(
             name: p if p.logits is None else calibration.apply_temperature(p, temperature)
             for name, p in results.items()
         }
+        choice = {}
+        if run.config.eval.aggregate.startswith("auto"):
+            rule, choice["aggregates"] = operating_points.choose_aggregate(calibrated["val"], run.config.eval)
+            calibrated = {name: with_rule(p, rule) for name, p in calibrated.items()}
         lengths = [row for row in history if "steps" in row]
         notes = [
             f"The run was changed from {before['steps']} to {row['steps']} steps at step {row['step']}; from there on, "
@@ -49,7 +53,7 @@ def write(
             for before, row in itertools.pairwise(lengths)
         ]
         detector = model_json.fit_novelty(run.data)
-        more = {"notes": notes} | ({} if detector is None else {"novelty": detector.rates})
+        more = {"notes": notes} | choice | ({} if detector is None else {"novelty": detector.rates})
         report = reporting.write_report(
             run.workdir, run.config, calibrated, history, facts | more, lambda i: reader(rows[i]), explain,
             **description, temperature=temperature,
@@ -72,6 +76,7 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         **workdirs.data_facts(run.data),
         "counts": {split: counts["images"] for split, counts in summary.split_counts(run.data).items()},
+        "characteristics": summary.characteristics(run.data),
         "parameters": sum(x.size for x in trees.flatten(run.program.abstract_state.params).values()),
         "steps": run.program.steps,
         "compute_type": str(np.dtype(run.program.module.dtype)),
@@ -85,7 +90,10 @@ def explainer(run: Run, variables: dict[str, Any]) -> tuple[reporting.Explain | 
         return None, {}
     local = jax.tree.map(lambda leaf: leaf.addressable_data(0), variables)
     positive = positive_class(run.config, run.data.classes)
-    explain = saliency.Explainer(run.program.module, local, run.config.input, positive, run.config.eval.batch_size)
+    options = run.config.eval
+    explain = saliency.Explainer(
+        run.program.module, local, run.config.input, positive, options.batch_size, tta=options.tta
+    )
 
     def heats(images: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return np.stack([figures.visible(heat, explain.methods[0]) for heat in explain.maps(images, targets)[0]])

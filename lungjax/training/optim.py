@@ -39,6 +39,18 @@ def make_schedule(config: OptimConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
+def average(decay: float, updates: jax.Array, ema: Any, variables: Any) -> Any:
+    """Returns the average `ema` with the `variables` after the next update; `updates` is the number of earlier ones.
+
+    The decay is min(decay, (1 + updates) / (10 + updates)), as in TensorFlow's ExponentialMovingAverage. BatchNorm's
+    statistics are averaged with the weights, as in timm's ModelEmaV2: the mean of a convolution's output is linear in
+    its weights, so the averaged means fit the averaged weights, and the last ones would not.
+    """
+    rate = jnp.maximum(1 - decay, 9 / (10 + updates))
+    # In contrast to optax.incremental_update, this keeps the bits of statistics that do not change.
+    return jax.tree.map(lambda old, new: old + rate * (new - old), ema, variables)
+
+
 def frozen_paths(config: OptimConfig, params: Any) -> frozenset[str]:
     """Returns the paths of the parameters that `optim.tune` and `optim.freeze` freeze.
 

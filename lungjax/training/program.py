@@ -34,6 +34,7 @@ class Program:
     train_step: Callable[..., Any]  # (state, batch) -> (state, metrics); jitted, donates the state
     network: FoldedModel  # the module for prediction; folds variables for predict_step
     predict_step: Callable[..., Any]  # (folded variables, batch) -> probabilities, logits and rows; jitted
+    test_step: Callable[..., Any]  # the same with eval.tta
 
 
 def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: jax.sharding.Mesh) -> Program:
@@ -57,7 +58,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     frozen = optim.frozen_paths(config.optim, shapes["params"])
     optimizer = optim.make_optimizer(config.optim, schedule, trees.split(shapes["params"], frozen)[0])
     weights = optim.class_weights(config.optim.class_weights, labels, classes)
-    new_state = partial(state.create, module, optimizer, image_shape, config.train.seed, frozen)
+    new_state = partial(state.create, module, optimizer, image_shape, config.train.seed, frozen, config.optim.ema > 0)
     first = jax.eval_shape(new_state, {})
     network = FoldedModel(module, first.variables, image_shape)
 
@@ -75,6 +76,16 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     )
     if not config.train.sync_batch_norm:
         train_step = meshes.per_device(train_step, mesh)
+
+    def prediction(network: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.jit(
+            partial(step.predict_step, network=network, config=config, positive=positive),
+            in_shardings=(None, batch_sharding),  # folded variables keep their own sharding
+            out_shardings=replicated,
+            compiler_options=conv.compiler_options(platform, train=False),
+        )
+
+    predict_step = prediction(network)
     return Program(
         mesh=mesh,
         module=module,
@@ -93,12 +104,8 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
             compiler_options=conv.compiler_options(platform),
         ),
         network=network,
-        predict_step=jax.jit(
-            partial(step.predict_step, network=network, config=config, positive=positive),
-            in_shardings=(None, batch_sharding),  # folded variables keep their own sharding
-            out_shardings=replicated,
-            compiler_options=conv.compiler_options(platform, train=False),
-        ),
+        predict_step=predict_step,
+        test_step=predict_step if config.eval.tta == "none" else prediction(outputs.with_tta(network, config.eval.tta)),
     )
 
 

@@ -15,7 +15,7 @@ from lungjax.data import folds, pipeline
 from lungjax.data.prepared import Prepared
 from lungjax.datasets import open_dataset
 from lungjax.evaluation import metrics, predict_split
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation.predictions import Predictions, with_rule
 from lungjax.models import trees
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.signals import Watch
@@ -51,10 +51,15 @@ class Run:
     def predict(
         self, variables: dict[str, Any], split: str, data: Prepared | None = None, watch: Watch | None = None
     ) -> Predictions:
-        """Returns predictions for a split of the run's data set, or of `data`. Raises Interrupted if `watch` does."""
+        """Returns predictions for a split of the run's data set, or of `data`, with the test-time augmentation.
+
+        With `watch`, a validation during training: without augmentation, and raises Interrupted if `watch` does.
+        """
         built, folded = self.program, self.program.network.fold(variables)
-        step, mesh = built.predict_step, built.mesh
-        return predict_split.predict(step, folded, data or self.data, split, self.config, mesh, watch)
+        step, mesh = built.predict_step if watch else built.test_step, built.mesh
+        predicted = predict_split.predict(step, folded, data or self.data, split, self.config, mesh, watch)
+        how = self.config.eval.aggregate  # "auto" is chosen later, from predictions on val
+        return predicted if how == "mean" else with_rule(predicted, "mean" if how[:4] == "auto" else how)
 
 
 def set_up(
@@ -66,9 +71,11 @@ def set_up(
     workdirs.check(workdir, config, mode)
     workdirs.check_same_data(workdir, data)
     check_monitor(config, data)
-    for name in config.eval.prevalences():
-        if name not in data.classes:
-            raise ValueError(f"eval.prevalence: no class {name!r}; {configs.nearest(name, data.classes)}")
+    aggregated = configs.schema.parse_aggregate(config.eval.aggregate)[1]
+    for field, names in (("prevalence", config.eval.prevalences()), ("aggregate", aggregated)):
+        for name in names:
+            if name not in data.classes:
+                raise ValueError(f"eval.{field}: no class {name!r}; {configs.nearest(name, data.classes)}")
     if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise ValueError("train.tensorboard=True needs the extra: pip install -e '.[tensorboard]'")
     labels = data.columns["label"][pipeline.train_rows(data)]

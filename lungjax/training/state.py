@@ -20,11 +20,14 @@ class TrainState(struct.PyTreeNode):
     params: Any
     batch_stats: Any  # means and variances of BatchNorm, or {}
     opt_state: Any
+    ema: Any  # averages of trained parameters and of batch_stats as {"params", "batch_stats"}, or {}; see `optim.ema`
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The variables for `module.apply`."""
-        return {"params": self.params, "batch_stats": self.batch_stats}
+        """The variables to validate, save and test: the averages if there are any."""
+        if not self.ema:
+            return {"params": self.params, "batch_stats": self.batch_stats}
+        return {**self.ema, "params": trees.merge(self.params, self.ema["params"])}  # frozen ones are not averaged
 
 
 def create(
@@ -33,16 +36,23 @@ def create(
     image_shape: tuple[int, ...],
     seed: int,
     frozen: frozenset[str] = frozenset(),
+    ema: bool = False,
     start: Mapping[str, jax.Array] | None = None,
 ) -> TrainState:
-    """Initializes a state with the variables of `init`; `frozen` are paths of parameters without optimizer state."""
+    """Initializes a state with the variables of `init`, and averages if `ema`.
+
+    `frozen` are paths of parameters without optimizer state or average.
+    """
     variables = init(module, image_shape, seed, start)
+    trained = trees.split(variables["params"], frozen)[0]
+    average = {"params": trained, "batch_stats": variables["batch_stats"]} if ema else {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         bad_steps=jnp.zeros((), jnp.int32),
         params=variables["params"],
         batch_stats=variables["batch_stats"],
-        opt_state=optimizer.init(trees.split(variables["params"], frozen)[0]),
+        opt_state=optimizer.init(trained),
+        ema=average,
     )
 
 

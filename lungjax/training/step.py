@@ -14,7 +14,7 @@ from lungjax.data import augment
 from lungjax.models import outputs, trees
 from lungjax.models.inputs import normalize
 from lungjax.models.layers import BatchNorm
-from lungjax.training import non_finite
+from lungjax.training import non_finite, optim
 from lungjax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -90,6 +90,10 @@ def train_step(
         batch_stats=batch_stats,
         opt_state=opt_state,
     )
+    if config.optim.ema:
+        variables = {"params": trees.split(updated.params, frozen)[0], "batch_stats": batch_stats}
+        good_steps = state.step - state.bad_steps
+        updated = updated.replace(ema=optim.average(config.optim.ema, good_steps, state.ema, variables))
     state = non_finite.select(config.train.on_nan, finite, updated, state)
     return state, {"loss": loss, "accuracy": accuracy, "grad_norm": grad_norm, "finite": finite}
 

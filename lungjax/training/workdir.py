@@ -27,6 +27,7 @@ MUTABLE_FIELDS = (
     "data.workers", "data.threads", "data.prefetch", "train.log_steps", "train.save_steps", "train.devices",
     "train.shard_params", "train.on_nan", "train.tensorboard", "train.log_parameters",
     "eval.batch_size", "eval.examples", "eval.draws", "eval.sensitivity", "eval.prevalence",
+    "eval.tta",
 )  # fmt: skip
 # Fields of the length, with which a finished or interrupted run may be lengthened.
 LENGTH_FIELDS = ("train.epochs", "train.steps", "train.patience")
@@ -66,6 +67,8 @@ def check(workdir: Path, config: Config, mode: str) -> None:
     if mode == "train":  # `check_length` compares the steps; patience may only grow, and 0 is the longest
         before, now = (each.train.patience or math.inf for each in (old, config))
         allowed += LENGTH_FIELDS if now >= before else LENGTH_FIELDS[:2]
+    else:  # it can affect the choice of the best weights, but not their test
+        allowed += ("eval.aggregate",)
     changed = [line for line in overrides.difference(old, config) if line.split(":")[0] not in allowed]
     if changed:
         lines = "\n  ".join([f"{workdir} contains a run with another configuration:", *changed])

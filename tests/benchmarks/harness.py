@@ -1,4 +1,4 @@
-"""Flags, timing, processes that take turns, and Markdown tables for the benchmarks.
+"""Flags, timing, processes that take turns, parallel commands, and Markdown tables for the benchmarks.
 
     python -m tests.benchmarks.harness MODULE FUNCTION        # the child process of `Process`
 
@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -184,6 +185,47 @@ def main() -> None:
         traceback.print_exc()
         print(json.dumps({"error": f"{type(error).__name__}: {error}"[:600]}), file=out, flush=True)
     os._exit(0)  # exits without waiting for threads of libraries
+
+
+def run_commands(commands: Mapping[Path, Sequence[str]], jobs: int) -> None:
+    """Runs commands of the package (module, argument, ...), `jobs` at a time on separate cores; output goes to a log.
+
+    `commands` are named by their log files. Prints the time and peak memory of each, and exits if one failed, after all
+    have run. When stopped by Ctrl-C or SIGTERM, it stops the commands with SIGTERM, so that training saves its state.
+    """
+    own, queue, failed = sorted(os.sched_getaffinity(0)), list(commands.items()), []
+    if not 1 <= jobs <= len(own):
+        sys.exit(f"--jobs={jobs}: expected 1 to {len(own)}, the number of cores")
+    free = [own[i::jobs] for i in range(jobs)]
+    running: dict[int, tuple[list[int], float, Path]] = {}  # cores, start and log by process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        while queue or running:
+            while queue and free:
+                log, (module, *arguments) = queue.pop(0)
+                log.parent.mkdir(parents=True, exist_ok=True)
+                os.sched_setaffinity(0, free[0])  # the child inherits it
+                with log.open("a") as file:
+                    # In a new session, so that Ctrl-C reaches only this process.
+                    command, session = [sys.executable, "-m", module, *arguments], {"start_new_session": True}
+                    process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **session)
+                running[process.pid] = free.pop(0), time.time(), log
+            os.sched_setaffinity(0, own)
+            pid, status, usage = os.wait3(0)
+            cores, start, log = running.pop(pid)
+            free.append(cores)
+            failed += [log] * (status != 0)
+            seconds = f"{time.time() - start:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of CPU time"
+            memory = f"{usage.ru_maxrss / 2**20:.2f} GiB"
+            code = os.waitstatus_to_exitcode(status)
+            print(f"{log.stem}: {seconds}, {memory}, exit code {code}; {len(queue)} to go", flush=True)
+    finally:
+        for pid in running:
+            os.kill(pid, signal.SIGTERM)
+        for pid in running:
+            os.waitpid(pid, 0)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(commands)} commands failed, see {', '.join(map(str, failed))}")
 
 
 def ratio(values: Sequence[float], units: Sequence[float]) -> str:

@@ -1,6 +1,6 @@
 """Trains networks on small subsets of real data sets; finished runs are skipped.
 
-    python -m tests.benchmarks.small_sets --source=DIR [--work=FOLDER]
+    python -m tests.benchmarks.small_sets --source=DIR [--work=FOLDER] [--jobs=1]
     python -m lungjax.tables --pool --workdir=FOLDER/runs
 
 DIR contains folders `ct` and `xray` with a labels.csv (path, label, split, group). A subset has 100 or 500 random
@@ -8,11 +8,7 @@ groups of the train split, the same fraction of those of val, and the complete t
 """
 
 import csv
-import os
 import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 from tests.benchmarks import harness
@@ -49,30 +45,24 @@ def write_subset(source: Path, target: Path, count: int) -> None:
 
 def main() -> None:
     """Prepares the subsets and trains the runs that are not finished."""
-    arguments = harness.parse(__doc__, ["source"], source=Path, work=Path("runs/small_sets"))
-    work = arguments.work
+    arguments = harness.parse(__doc__, ["source"], source=Path, work=Path("runs/small_sets"), jobs=1)
+    work, runs = arguments.work, {}
     for name, count in SUBSETS:
         subset = f"{name}{count or ''}"
         if not (work / "sets" / subset).exists():
             write_subset(arguments.source / name, work / "sets" / subset, count)
             options = [f"--source={work / 'sets' / subset}", f"--modality={name}", f"--data_dir={work / 'data'}"]
-            run("lungjax.prepare", f"--dataset=folder/{subset}", *options)
+            prepare = ["lungjax.prepare", f"--dataset=folder/{subset}", *options]
+            harness.run_commands({work / "logs" / f"prepare-{subset}.log": prepare}, 1)
         for seed in range(SEEDS):
             for setting, (experiment, *overrides) in SETTINGS.items():
                 workdir = work / "runs" / subset / f"{setting}-{seed}"
-                if (workdir / "report.json").exists():
-                    continue
                 dataset = f"{',' if ':' in experiment else ':'}dataset=folder/{subset}"
                 options = [*overrides, f"--set=train.seed={seed}", f"--data_dir={work / 'data'}"]
-                run("lungjax.main", f"--experiment={experiment}{dataset}", f"--workdir={workdir}", *options)
-
-
-def run(module: str, *arguments: str) -> None:
-    """Runs a command and prints its time and peak memory."""
-    start = time.time()
-    _, status, usage = os.wait4(subprocess.Popen([sys.executable, "-m", module, *arguments]).pid, 0)
-    seconds = f"{time.time() - start:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of CPU time"
-    print(f"{seconds}, {usage.ru_maxrss / 2**20:.2f} GiB, exit code {status >> 8}: {' '.join(arguments)}", flush=True)
+                command = ["lungjax.main", f"--experiment={experiment}{dataset}", f"--workdir={workdir}", *options]
+                if not (workdir / "report.md").exists():
+                    runs[work / "logs" / f"{subset}-{setting}-{seed}.log"] = command
+    harness.run_commands(runs, arguments.jobs)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,8 @@ ERRORS = {
     "ct_cov19:model=cbr_tiny,weights=imagenet": "expected none",
     "ictcf:model=resnet50": "resnet50v2",
     "ictcf:weights=imagenet,protocol=study": "expected none",
+    "covid_xray:model=efficientnet_lite0,protocol=study": "use protocol=clean",
+    "covid_xray:model=vgg16,dropout=true": "xray_cnn",
     "covidx_ct:unfreeze=5": "expected 0, 1, 2, 3, 4",
     "effnetv2_covidxct:version=1,protocol=study": "version=1.*2a, 3a",
     "transfusion:start=imagnet": "did you mean imagenet",
@@ -125,6 +127,8 @@ def grid():
     yield from choices("ct_cov19", model=efficientnets, weights=("imagenet", "none"), **options)
     yield from choices("ictcf", model=(*ICTCF, *(f"efficientnetv2_{size}" for size in ("b3", "s", "m", "l"))), **BOTH)
     yield from choices("covid_xray", model=XRAY, **BOTH)
+    yield from choices("covid_xray", dropout=("true",), **BOTH)
+    yield "covid_xray:model=efficientnet_lite0"
     yield from choices("covidx_ct", model=TORCH, unfreeze=range(5), version=VERSIONS, protocol=("clean",))
     yield from choices("covidx_ct", model=TORCH, unfreeze=range(5), version=("2a", "3a"), protocol=("study",))
     networks = {"model": ("resnet50", "convnext_tiny"), "weights": ("none", "imagenet", "run:runs/a", "run:runs/A")}
@@ -201,7 +205,7 @@ def test_unique_names():
         assert config.name.endswith("_study") == ("protocol=study" in choice)
         if not choice.startswith(("covidnet_ct", "transfusion")):  # the first has mixed precision, the other any data
             assert config.model.dtype == ("float32" if "protocol=study" in choice else None)
-    assert len(names) == 2 + 520 + 26 + 14 + 200 + 80 + 80 + 32 + 40
+    assert len(names) == 2 + 520 + 26 + 17 + 200 + 80 + 80 + 32 + 40
     tiny = "ct_cov19:model=cbr_tiny,class_weight=true,protocol=study"
     assert names["ct_cov19_cbr_tiny_original_classw_study"] and experiments.load(tiny).name in names
 

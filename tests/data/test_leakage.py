@@ -26,28 +26,28 @@ def clean(text, near=()):
 
 
 def test_clean_groups_and_images_in_no_split():
-    assert clean("train 0 a 1, val 0 b 2, test 1 c 3, - 1 d 4") == (["train", "val", "test", ""], [])
+    assert clean("train 0 a 1, val 0 b 2, test 1 c 3, - 1 d 4") == (["train", "val", "test", ""], {})
     # Images in no split remove nothing.
-    assert clean("train 0 a 1, - 1 a 1, - 0 b 2, val 1 b 3", [(0, 2)]) == (["train", "", "", "val"], [])
-    splits, (note,) = clean("train 0 a 1, test 0 a 2, val 0 a 3, train 0 b 4, val 0 b 5")
-    assert splits == ["", "test", "", "", "val"] and "patients" in note and note.endswith(": 3")
+    assert clean("train 0 a 1, - 1 a 1, - 0 b 2, val 1 b 3", [(0, 2)]) == (["train", "", "", "val"], {})
+    splits, removed = clean("train 0 a 1, test 0 a 2, val 0 a 3, train 0 b 4, val 0 b 5")
+    assert splits == ["", "test", "", "", "val"] and removed == {"patients in a later split": 3}
 
 
 def test_clean_exact_copies():
-    splits, (note,) = clean("train 0 a x, test 0 b x, val 0 c x, train 0 a y")
-    assert splits == ["", "test", "", "train"] and "copies" in note and note.endswith(": 2")
+    splits, removed = clean("train 0 a x, test 0 b x, val 0 c x, train 0 a y")
+    assert splits == ["", "test", "", "train"] and removed == {"copies of another image": 2}
     for rows in ("train 0 b x, train 0 a x, train 0 c x", "train 0 c x, train 0 a x, train 0 b x"):
         assert clean(rows)[0] == ["", "train", ""]  # the first group stays
     assert clean("train 0 a x, train 0 a x")[0] == ["train", ""]
     # The first z is removed with its patient, but its label still contradicts the other.
-    splits, notes = clean("train 0 a x, test 1 b x, test 1 c x, train 1 d y, train 0 e z, test 1 f z, val 0 e w")
+    splits, removed = clean("train 0 a x, test 1 b x, test 1 c x, train 1 d y, train 0 e z, test 1 f z, val 0 e w")
     assert splits == ["", "", "", "train", "", "", "val"]
-    assert notes[0].endswith(": 1") and "labels" in notes[1] and notes[1].endswith(": 4")
+    assert removed == {"patients in a later split": 1, "equal images with different labels": 4}
 
 
 def test_clean_near_duplicates():
-    splits, (note,) = clean("train 0 a 1, val 0 b 2, test 0 c 3, train 0 d 4", [(1, 2), (3, 2)])
-    assert splits == ["train", "", "test", ""] and "near" in note and note.endswith(": 2")
+    splits, removed = clean("train 0 a 1, val 0 b 2, test 0 c 3, train 0 d 4", [(1, 2), (3, 2)])
+    assert splits == ["train", "", "test", ""] and removed == {"near duplicates of an image in a later split": 2}
     rows = "train 0 a 1, val 0 b 2, test 0 c 3"
     assert clean(rows, [(0, 1), (1, 2)])[0] == ["train", "", "test"]  # a chain: val is removed, so train may stay
     assert clean(rows, [(0, 1)])[0] == ["", "val", "test"]
@@ -55,7 +55,7 @@ def test_clean_near_duplicates():
     assert clean("train 0 a 1, val 0 b 2, test 0 c 2", [(0, 1)])[0] == ["", "", "test"]
     assert clean("train 0 a 1, val 0 b 2, test 1 c 2", [(0, 1)])[0] == ["train", "", ""]
     rows = "train 0 a 1, train 0 b 2, train 1 c 3"  # in one split
-    assert clean(rows, [(0, 1)]) == (["train"] * 3, [])
+    assert clean(rows, [(0, 1)]) == (["train"] * 3, {})
 
 
 def random_columns(rng, n=400):

@@ -152,6 +152,37 @@ def test_every_class_in_every_part():
         folds.deal(data, 3)
 
 
+def test_one_source_left_out():
+    """Sources x (classes 0, 1), y (1, one patient of 2) and z (0); a copy and a near duplicate link y and z to x."""
+    rows, sources = [], []
+    for source, label, count in (("x", 0, 8), ("x", 1, 8), ("y", 1, 20), ("y", 2, 1), ("z", 0, 20)):
+        rows += [(label, f"{source}{label}{i // 2 if count > 1 else 0}", "train") for i in range(count)]
+        sources += [source] * count
+    rows[3] = (0, "x01", "")  # in no split, and so in none afterwards
+    data = table(rows)
+    pixels = data.columns["pixels"].copy()
+    pixels[16] = pixels[8]  # the first image of y is a copy of one in x
+    columns = data.columns | {"source": np.asarray(sources), "pixels": pixels}
+    data = replace(data, columns=columns, near=np.array([(0, 40)]))  # the fourth image of z
+    result = folds.apply(data, config("data.test_source=x"))
+    split = result.columns["split"]
+    assert result.rows("test").tolist() == [i for i in range(16) if i != 3]
+    assert np.flatnonzero(split == "").tolist() == [3, 16, 17, 39, 40], "patients linked to x are not used"
+    assert split[36] == "train", "the only patient of its class"
+    groups = [set(data.columns["group"][result.rows(name)]) for name in splits.SPLITS]
+    assert not any(a & b for a, b in itertools.combinations(groups, 2))
+    counts = {name: Counter(data.columns["label"][result.rows(name)].tolist()) for name in ("train", "val")}
+    assert counts == {"train": {0: 16, 1: 16, 2: 1}, "val": {0: 2, 1: 2}}
+    for source, other, word in (
+        ("y", {}, "data.test_source=y.*images of c"),
+        ("w", {}, "data.test_source=w.*known: x, y, z"),
+        ("x", {"source": np.where(np.arange(57) == 5, "", columns["source"])}, "source of 1 images is unknown"),
+        ("x", {"source": np.full(57, "x")}, "one source only"),
+    ):
+        with pytest.raises(ValueError, match=word):
+            folds.apply(replace(data, columns=columns | other), config(f"data.test_source={source}"))
+
+
 def patients(seed=0, count=300):
     """Patients with 1 to 40 slices of one class; the classes are in the ratio 70 : 20 : 10."""
     rng = np.random.default_rng(seed)

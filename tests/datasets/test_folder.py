@@ -4,12 +4,14 @@ import os
 import re
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 from PIL import Image
 
 from lungjax import datasets
-from lungjax.data import prepared
+from lungjax import prepare as command
+from lungjax.data import pipeline, prepared
 from lungjax.datasets import PrepareOptions
 
 
@@ -211,7 +213,6 @@ def test_table_errors(tmp_path):
         ("path,label,xmin,ymin,xmax,ymax\nx.png,a,3,2,1,4\n", "line 2: .* empty"),
         ("path,label,xmin,ymin,xmax,ymax\nx.png,a,1,2,11,5\ny.png,b,,,,\n", "line 2: x.png: box .* exceeds"),
         ("path,label\nx.png,a\ny.png,a\n", "only one class, 'a'"),
-        ("path,label,split\nx.png,a,val\ny.png,b,test\n", "no train split"),
         ("path,label\n", "no rows"),
         ("path,label\nx.png,a\n/dev/zero,b\n", "line 3: /dev/zero is a device"),
         ("path,label\nx.png,a\ny.png,b\x1b[2Jc\n", r"class: .*b\\x1b\[2Jc"),
@@ -222,6 +223,24 @@ def test_table_errors(tmp_path):
             prepare(tmp_path)
         assert not list((tmp_path / "data").rglob(prepared.INDEX))
         assert not list((tmp_path / "data").rglob("*.array_record*")), "nothing incomplete is left"
+
+
+@pytest.mark.parametrize("given", [("test",), ("val",), ("val", "test")])
+def test_data_set_without_train_split(tmp_path, capsys, given):
+    rows = [f"{i}.png,{'ab'[i % 2]},{given[i // 2 % len(given)]}" for i in range(4)]
+    for i in range(4):
+        save(tmp_path / f"in/{i}.png", i)
+    write_table(tmp_path, "\n".join(["path,label,split", *rows]))
+    arguments = ["--dataset=folder/x", f"--source={tmp_path / 'in'}", f"--data_dir={tmp_path / 'data'}"]
+    assert commands.run(command, *arguments) == 0
+    output = capsys.readouterr().out
+    assert "no train split: an external test set" in output and "To test a run on it: python -m lungjax.main" in output
+    assert ("--split=val" in output) == ("test" not in given)
+    assert not re.search("WARNING: the (train|val|test) split has no", output)
+    data = datasets.open_dataset("folder/x", tmp_path / "data")
+    assert data.columns["split"].tolist() == [row.split(",")[2] for row in rows]
+    with pytest.raises(ValueError, match="folder/x has no train split.*--mode=evaluate"):
+        pipeline.train_rows(data)
 
 
 def test_paths_outside_of_the_folder(tmp_path):

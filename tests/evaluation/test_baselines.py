@@ -50,6 +50,7 @@ def test_smoothing_by_class_frequencies():
 def test_no_baseline_without_two_sources():
     assert baselines.source_only(make([(0, "a"), (1, ""), (1, "a")], TEST)) is None
     assert baselines.source_only(make(TRAIN, TEST), "val") is None
+    assert baselines.source_only(make(TRAIN, [(0, "elsewhere"), (1, "")])) is None
 
 
 def test_warnings():

@@ -117,6 +117,23 @@ def test_average_and_resampling_of_runs():
     assert all(alone[name][1:] == pytest.approx(expected.get(name, (None, None))) for name in names)
 
 
+def test_random_draws_of_some_examples():
+    """The correct ones of 96 examples are hypergeometric, those of a random run a mixture over the runs."""
+    labels = np.arange(600) % 2
+
+    def run(correct):
+        return make_predictions(labels, np.eye(2)[np.where(np.arange(600) < correct, labels, 1 - labels)])
+
+    for correct in ((570,), (300, 570)):
+        mean, low, high = bootstrap.over_runs([run(n) for n in correct], ["accuracy"], 8000, size=96)["accuracy"]
+        cdf = np.mean([stats.hypergeom.cdf(np.arange(97), 600, n, 96) for n in correct], axis=0)
+        assert mean == pytest.approx(np.mean(correct) / 600)
+        assert [low * 96, high * 96] == pytest.approx(np.searchsorted(cdf, [0.025, 0.975]), abs=0.01)
+    assert bootstrap.over_runs([run(600)], ["accuracy"], 50, size=96)["accuracy"] == (1, 1, 1)
+    with pytest.raises(ValueError, match="601 .* 600"):
+        bootstrap.over_runs([run(9)], size=601)
+
+
 def test_paired_difference_against_scikit_learn():
     a, b = random_predictions(seed=1, spread=0.8), random_predictions(seed=2, spread=1.6)
     result = bootstrap.paired_difference(a, shuffled(b), draws=DRAWS)

@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
-from random_predictions import make_predictions
+from random_predictions import make_predictions, random_predictions
 from scipy import optimize
 from sklearn import calibration as sk_calibration
 from sklearn import metrics as sk
+from sklearn.linear_model import LogisticRegression
 
-from lungjax.evaluation import calibration, metrics
+from lungjax.evaluation import bootstrap, calibration, metrics
 
 
 def make(n=4000, sharpness=1.0, c=3, seed=0, logits=True):
@@ -79,3 +80,44 @@ def test_summary_of_val_and_test():
         assert summary[kind]["brier"] == pytest.approx(brier, abs=1e-6)
         assert summary[kind]["loss"] == pytest.approx(sk.log_loss(p.labels, p.probabilities), abs=1e-6)
     assert summary["calibrated"]["bins"] == calibration.bins(scaled) != summary["uncalibrated"]["bins"]
+
+
+def regression(p, i, weights=None):
+    """Returns intercept and slope of class i by scikit-learn."""
+    odds = np.log(p.probabilities[:, i] / (1 - p.probabilities[:, i]))[:, None]
+    fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-9).fit(odds, p.labels == i, weights)
+    return fit.intercept_[0], fit.coef_[0, 0]
+
+
+def test_recalibration_against_scikit_learn():
+    for p in (random_predictions(400, 90, seed=1), make(900, 3.0, c=2)):
+        result = calibration.recalibration(p, draws=40)
+        keys, member = np.unique(metrics.patient_keys(p), return_inverse=True)
+        for i, name in enumerate(p.classes):
+            own = result[name]
+            assert [own["intercept"], own["slope"]] == pytest.approx(regression(p, i), abs=1e-5)
+            draws = [regression(p, i, w[member]) for w in next(bootstrap.resample_patients(len(keys), 40, 40)).T]
+            ends = np.percentile(draws, [2.5, 97.5], axis=0).T
+            np.testing.assert_allclose([own["intervals"][key] for key in ("intercept", "slope")], ends, atol=4e-3)
+    slope, intercept = ([result[name][key] for name in "ab"] for key in ("slope", "intercept"))
+    assert slope == pytest.approx([1 / 3, 1 / 3], abs=0.06) and slope[0] == pytest.approx(slope[1], abs=1e-5)
+    assert intercept[0] == pytest.approx(-intercept[1], abs=1e-5)
+
+
+def test_recalibration_without_optimum():
+    """Separated classes, a class with few patients, probabilities of exactly 0 and 1, one class and no examples."""
+    scores = np.linspace(0.1, 0.9, 40)
+    separated = make_predictions(scores < 0.5, np.stack([scores, 1 - scores], axis=1))
+    none = {"slope": None, "intercept": None, "intervals": {}}
+    assert calibration.recalibration(separated) == {"a": none, "b": none}
+    assert calibration.recalibration(make_predictions([0, 0], np.full((2, 2), 0.5)))["a"] == none
+    assert calibration.recalibration(make_predictions([], np.zeros((0, 2))))["a"] == none
+    few = make_predictions(np.arange(40) % 10 == 0, np.stack([scores, 1 - scores], axis=1))
+    assert calibration.recalibration(few)["b"]["slope"] is not None
+    assert calibration.recalibration(few)["b"]["intervals"] == {}
+    certain = make_predictions(np.arange(40) % 2, np.eye(2)[np.arange(40) // 3 % 2])
+    odds = np.log(np.finfo(np.float32).tiny)  # two groups: the fit is their log odds
+    own = calibration.recalibration(certain)["a"]
+    ends = [np.mean(certain.labels[certain.probabilities[:, 0] == value] == 0) for value in (1, 0)]
+    logits = [np.log(q / (1 - q)) for q in ends]
+    assert own["slope"] == pytest.approx((logits[0] - logits[1]) / (-2 * odds), abs=1e-6)

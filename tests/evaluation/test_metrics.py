@@ -133,6 +133,25 @@ def test_levels_of_slices_patients_and_sources():
     assert levels["slice"] == metrics.summarize(p)
     assert levels["patient"]["n"] == 4 and levels["patient"]["mixed_groups"] == 1
     assert levels["patient"]["accuracy"] == 1 and levels["slice"]["accuracy"] == 6 / 8
-    assert {source: level["n"] for source, level in levels["by_source"].items()} == {"x": 5, "y": 1, "unknown": 2}
-    assert levels["by_source"]["x"] == metrics.summarize(take(p, np.flatnonzero(p.sources == "x")))
-    assert metrics.report_levels(make_predictions(p.labels, p.probabilities))["by_source"] == {}
+    sources = levels["subgroups"]["source"]
+    assert {source: level["n"] for source, level in sources.items()} == {"x": 5, "y": 1, "unknown": 2}
+    part = take(p, np.flatnonzero(p.sources == "x"))
+    patients_of_x = len(set(part.groups) - {""}) + (part.groups == "").sum()
+    assert sources["x"] == {"patients": patients_of_x} | metrics.summarize(part)
+    assert metrics.report_levels(make_predictions(p.labels, p.probabilities))["subgroups"] == {}
+
+
+def test_subgroups_of_kept_columns():
+    p = make_predictions(np.arange(36) % 2, np.full((36, 2), 0.5))
+    age = np.array([*map(str, range(20, 50)), *("30.5", "", "nan", "31", "31", "31")])
+    columns = {
+        "sex": np.array(["F"] * 20 + ["M"] * 15 + [""]), "age": age, "country": np.array(["China"] * 36),
+        "name": np.array([f"p{i}" for i in range(36)]), "aggregate": np.array(["mean", "max"] * 18),
+    }  # fmt: skip
+    groups = metrics.subgroups(replace(p, extra=columns))
+    sizes = {name: {value: len(part) for value, part in parts.items()} for name, parts in groups.items()}
+    # Ages 20 to 49, 30.5 and three more 31: thirds of 34 known values end at the 12th and the 23rd.
+    assert sizes == {
+        "sex": {"F": 20, "M": 15, "unknown": 1},
+        "age": {"20 to 30.5": 12, "31 to 38": 11, "39 to 49": 11, "unknown": 2},
+    }

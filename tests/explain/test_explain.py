@@ -42,7 +42,7 @@ def test_command_with_good_and_bad_files(trained_run, tmp_path, monkeypatch, cap
         Image.fromarray(PICTURE).save(tmp_path / name)
     (tmp_path / "in/cut.png").write_bytes(encoded(PICTURE)[:200])
     (tmp_path / "deep.png").write_bytes(encoded((PICTURE * np.uint16(200)).astype(np.uint16)))
-    flags = [f"--workdir={trained_run.workdir}", f"--out={tmp_path / 'out'}"]
+    flags = [f"--model={trained_run.workdir}", f"--out={tmp_path / 'out'}"]
     (tmp_path / "out/deep_a_gradcam.png").mkdir(parents=True)  # can't be replaced by a file
     files = ",".join(str(tmp_path / name) for name in ("in", "odd name?.jpg", "gone.png", "deep.png"))
     assert commands.run(command, *flags, f"--images={files}") == 1
@@ -65,10 +65,10 @@ def test_command_with_good_and_bad_files(trained_run, tmp_path, monkeypatch, cap
 
 
 def test_usage_errors(trained_run, tmp_path, capsys):
-    run = f"--workdir={trained_run.workdir}"
+    run = f"--model={trained_run.workdir}"
     (tmp_path / "bad.png").write_bytes(b"not an image")
     cases = (
-        ((), 1, "--workdir"),
+        ((), 1, "--model"),
         ((run,), 1, "--images"),
         ((run, "--split=test", "--method=gradcm"), 2, "did you mean gradcam"),
         ((run, "--split=test", "--class=midle"), 2, "did you mean middle"),

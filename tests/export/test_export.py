@@ -256,7 +256,7 @@ def test_refresh_of_another_jax_version(pyz, tmp_path, capsys):
     assert f"Guaranteed to run with jax {jax.__version__}" in capsys.readouterr().out
     assert old.read_bytes() == pyz.read_bytes()  # in place, with bit-identical weights
     for network, word in (({"name": "simple"}, "another network"), ({"nam": 1}, "no field"), (None, "artifact.json")):
-        altered(pyz, old, {"artifact.json": json.dumps(about | {"network": network}).encode()})
+        altered(pyz, old, {"artifact.json": json.dumps(about | {"networks": [network]}).encode()})
         assert commands.run(export, f"--refresh={old}") == 2 and word in capsys.readouterr().err
 
 
@@ -285,7 +285,7 @@ def test_removal_of_a_wrong_export(small, tmp_path):
 
 
 def test_command(trained_run, tmp_path, capsys):
-    assert commands.run(export, f"--workdir={trained_run.workdir}", f"--out={tmp_path}") == 0
+    assert commands.run(export, f"--model={trained_run.workdir}", f"--out={tmp_path}") == 0
     assert re.search(r"model\.pyz: \d\.\d MiB in \d+ s; relative .* \de[-+]0\d; \d+\.\d ms", capsys.readouterr().out)
     run, exported = lungjax.load(trained_run.workdir), lungjax.load(tmp_path)  # the folder with the file
     paths = sorted(trained_run.images.glob("*.png"))[:3]
@@ -300,9 +300,9 @@ def test_command(trained_run, tmp_path, capsys):
 def test_command_errors(monkeypatch, tmp_path, capsys):
     for module in ("onnx", "jax2onnx", "tensorflow"):
         monkeypatch.setitem(sys.modules, module, None)
-    given = f"--workdir={tmp_path}"
+    given = f"--model={tmp_path}"
     cases = (
-        ([], 1, "give --workdir=RUN"), ([given, "--format="], 1, "--format is empty"),
+        ([], 1, "give --model=RUN"), ([given, "--format="], 1, "--format is empty"),
         ([given, "--format=onx"], 2, "did you mean onnx"), ([given], 2, "no trained run"),
         (["--refresh=old.pyz"], 1, "--out=DIR"), ([given, "--format=jax,onnx"], 2, "needs the package jax2onnx"),
         ([given, "--format=triton"], 2, "needs the package jax2onnx"),

@@ -13,6 +13,8 @@ from PIL import Image
 from random_predictions import guesses
 
 from lungjax.config import Config, EvalConfig, TrainConfig
+from lungjax.data import summary
+from lungjax.data.prepared import Prepared
 from lungjax.evaluation import bootstrap, calibration, metrics, operating_points, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import context, plots, style, write
@@ -85,15 +87,15 @@ def test_json_numbers(run):
     test = results["test"]
     mosmed = test.sources == "mosmed"
     own = bootstrap.intervals(predictions.take(test, np.flatnonzero(mosmed)), 40)
-    assert saved["test"]["by_source"]["mosmed"]["intervals"]["accuracy"] == list(own["accuracy"])
+    assert saved["test"]["subgroups"]["source"]["mosmed"]["intervals"]["accuracy"] == list(own["accuracy"])
     for unit in ("slice", "patient"):
         expected = bootstrap.intervals(test, 40, unit=unit)
         assert saved["test"][unit]["intervals"] == {name: list(ends) for name, ends in expected.items()}
     for split, p in results.items():
-        for level in [saved[split]["slice"], saved[split]["patient"], *saved[split]["by_source"].values()]:
+        for level in [saved[split]["slice"], saved[split]["patient"], *saved[split]["subgroups"]["source"].values()]:
             assert level.pop("intervals").keys() <= metrics.numbers(level).keys()
         assert saved[split] == json.loads(json.dumps(metrics.report_levels(p)))
-    assert saved["test"]["by_source"]["radio.paedia.org"]["n"] == (~mosmed).sum()
+    assert saved["test"]["subgroups"]["source"]["radio.paedia.org"]["n"] == (~mosmed).sum()
     assert saved["best"] == {"step": 40, "monitor": "slice.auc_macro", "score": 0.8125}
     assert saved["facts"]["parameters"] == 2108672
     # All keys of a level are documented.
@@ -107,7 +109,7 @@ def test_calibration_and_operating_points(run, tmp_path):
     workdir, results = run
     saved = json.loads((workdir / "report.json").read_text())
     val, test = results["val"], results["test"]
-    assert saved["calibration"] == calibration.summary(test, 1.5)
+    assert saved["calibration"] == json.loads(json.dumps(calibration.summary(test, 1.5, CONFIG.eval.draws)))
     points = operating_points.choose_all(val, test, CONFIG.eval)
     assert saved["operating_points"] == operating_points.evaluate(points, test, CONFIG.eval)
     text = (workdir / "report.md").read_text()
@@ -172,11 +174,46 @@ def test_markdown_numbers(run):
         assert cells[words] == [str(Number(*number)) for number in numbers] and "to" in cells[words][0]
     assert cells["expected calibration error"] == [f"{level['ece']:.3f}" for level in columns], "it has no interval"
     assert [row[1:] for row in blocks[2][2:]] == [[str(n) for n in row] for row in saved["test"]["slice"]["confusion"]]
-    mosmed = saved["test"]["by_source"]["mosmed"]
-    assert cells["mosmed"][0] == str(mosmed["n"]) and cells["mosmed"][-1].startswith(f"{mosmed['auc_macro']:.3f} (")
+    mosmed = saved["test"]["subgroups"]["source"]["mosmed"]
+    assert cells["mosmed"][:2] == [str(mosmed["patients"]), str(mosmed["n"])] and cells["mosmed"][-1].startswith(
+        f"{mosmed['auc_macro']:.3f} ("
+    )
     assert cells["train"] == ["1,234", "30", "40", "1,304"] and cells["eval.examples"] == ["3"]
     assert cells["time, last start to end"] == ["1 h 2 min"]
     assert "step 40, the best by val slice.auc_macro (0.8125)" in text and "2,108,672 parameters" in text
+
+
+def test_flow_and_data_per_split(tmp_path):
+    """Hand-made data set: five patients, one with two images; one image is in no split."""
+    columns = {
+        "split": ["train", "train", "train", "val", "test", ""], "group": list("aabcde"), "source": [""] * 6,
+        "sex": ["F", "M", "", "M", "F", "F"], "age": ["50"] * 6,
+    }  # fmt: skip
+    data = Prepared("folder", CLASSES, {k: np.array(v) for k, v in columns.items()}, None, None, "")
+    splits = summary.characteristics(data)
+    assert splits["all"] == {
+        "images": 5, "groups": 4, "columns": {"sex": {"F": 2, "M": 2, "unknown": 1}, "age": {"50": 4}},
+    }  # fmt: skip
+    train, found = {"images": 3, "groups": 2}, {"images": 9, "groups": 7}
+    assert splits["train"] == train | {"columns": {"sex": {"F": 1, "M": 1, "unknown": 1}, "age": {"50": 2}}}
+    read = {"images": 8, "groups": 6}
+    about = {
+        "flow": {"found": found, "skipped": {"unreadable": 1, "dark": 0}, "removed": {"copies": 2}},
+        "unit": "image",
+    }
+    facts = {"characteristics": splits}
+    flow = write._flow(about | read, splits, "clean")
+    assert flow["skipped"] == {"unreadable": 1} and flow["prepared"] == read and flow["splits"]["train"] == train
+    assert flow["removed"] == {"copies": 2, "in no split of this run": 1} and flow["used"]["images"] == 5
+    assert write._flow(about | read, splits, "study")["removed"] == {"in no split of this run": 3}
+    plots.flow(flow, tmp_path / "flow.png")
+    assert Image.open(tmp_path / "flow.png").size[0] > 300
+    rows = {row[0]: row[1:] for row in context._characteristics(splits).rows}
+    assert rows["patients"] == [4, 2, 1, 1] and rows["sex: F"] == ["2 (50 %)", "1 (50 %)", "0 (0 %)", "1 (100 %)"]
+    p = replace(make(), extra={"sex": np.array(["F"] * 12 + ["M"] * 108)})
+    saved, text = report(tmp_path, {"test": p}, **facts)
+    assert "fewer than 20 test patients: sex F (4)." in "\n".join(saved["warnings"])
+    assert "Subgroups by sex, per image (test)" in text and "sex: unknown" in text
 
 
 def test_warnings(tmp_path):

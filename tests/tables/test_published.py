@@ -22,7 +22,7 @@ from lungjax.weights.load import resolve
 CELLS = {
     "nccid_test": 14, "nccid_val": 16, "ct_cov19_val": 8 * 5 * 4 + 4 + 1, "ct_cov19_test": 8 * 4, "ct_cov19_auc": 8 * 4,
     "ct_cov19_curves": 8, "ct_cov19_reports": 8 * 4 * 12, "ictcf_test": 9 * 4 + 4 * 3, "ictcf_reports": 9 * 12,
-    "covid_xray": 7 * 5 + 2, "covidx_ct_3a": 4 * 14 + 1, "covidx_ct_2a": 14, "covidnet_ct_1": 3 * 7,
+    "covid_xray": 10 * 5 + 2 * 2 + 2, "covidx_ct_3a": 4 * 14 + 1, "covidx_ct_2a": 14, "covidnet_ct_1": 3 * 7,
     "covidnet_ct_2a": 3 * 7, "transfusion": 8 * 2, "transfusion_chexpert": 5 * 2,
 }  # fmt: skip
 TOTALS = {  # of splits without a confusion matrix
@@ -138,11 +138,11 @@ def test_experiments_and_metrics():
         metric_names |= {f"study.{key}" for key in STUDY}
         metric_names |= {f"per_class.{label}.{rate}" for label in classes for rate in metrics.PER_CLASS}
         assert {cell.name for cell in table.cells} <= metric_names
-        for text in {cell.experiment for cell in table.cells}:
+        for row, text in {(cell.row, cell.experiment) for cell in table.cells}:
             config = load(text)
             configs.check(config)
             # The official splits of COVIDx CT-2A are the clean ones: `study` there is another study's resampling.
-            clean = table.name.startswith("transfusion") or table.name == "covidnet_ct_2a"
+            clean = table.name.startswith("transfusion") or table.name == "covidnet_ct_2a" or "clean" in row
             assert config.data.protocol == ("clean" if clean else "study")
             # Names of run folders are unique.
             assert names.setdefault(config.name, text) == text

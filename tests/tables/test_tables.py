@@ -94,7 +94,7 @@ def test_verdict_with_rounding():
 
 
 def test_invalid_cells_and_tables():
-    for metric in ("val.f1", "train.slice.f1", "test.slice.accuracy@1", "val.slice.accuracy@0"):
+    for metric in ("val.f1", "train.slice.f1", "test.slice.f1@1", "val.slice.f1@0", "val.slice.f1@1/9"):
         with pytest.raises(ValueError, match="SPLIT.UNIT.NAME"):
             cell("x", metric=metric)
     with pytest.raises(ValueError, match=r"0\.\.1"):
@@ -187,6 +187,39 @@ def test_counts_of_the_published_splits(trial, options, monkeypatch):
         fabricate(run)
         states = {n: runs.check(run, options.data_dir, {"val": (10, 6, n)}).kind for n in last}
         assert states == {n: "finished" if n in allowed else "other data" for n in last}
+
+
+def test_incomplete_copy_of_a_data_set(trial, options):
+    """Each class may lack `max_missing` of its images (and 2 % under the clean protocol), and the cells say so."""
+    for run in runs.plan(trial, options):
+        fabricate(run)
+    one = cell(trial, metric="val.slice.accuracy", published=0.99)
+    for counts, missing, finished in (
+        ((10, 6, 5), 0.2, True), ((10, 6, 5), 0.17, False), ((10, 6, 3), 0.5, False), ((13, 6, 4), 0.2, False),
+    ):  # fmt: skip
+        sample = table(one, counts={"val": counts}, max_missing=missing)
+        result = evaluate(sample, options)[0]
+        assert (result.ours is not None) == finished and (result.state == "finished") == finished
+        if finished:
+            assert result.verdict == "below" and result.reason == "4 of 5 COVID-19 val images"
+            path = results.write(sample, [result], options, {})
+            assert "| below, 4 of 5 COVID-19 val images |" in path.read_text()
+        else:
+            assert result.state == "not run: other data"
+    assert evaluate(table(one, counts={"val": (10, 6, 4)}), options)[0].reason == ""
+
+
+def test_scores_of_random_draws(trial, options):
+    """A published score of a few images is compared with draws of as many, even if no other score is comparable."""
+    for run in runs.plan(trial, options):
+        fabricate(run)
+    small, large, every = (f"test.slice.accuracy{size}" for size in ("/4", "/20", ""))
+    metrics = (small, large, every, "test.slice.loss/25")
+    own = [cell(trial, column=metric, metric=metric, published=0.3) for metric in metrics]
+    few, many, complete, too_many = evaluate(table(*own, elsewhere="a few images"), options, 400)
+    assert few.ours == many.ours == complete.ours and few.high - few.low > many.high - many.low
+    assert (few.verdict, many.verdict, complete.verdict) == ("inside", "above", "")
+    assert too_many.ours is None and "25 examples" in too_many.reason
 
 
 def test_overrides_without_verdict(trial, options):

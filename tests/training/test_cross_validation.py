@@ -13,6 +13,7 @@ from lungjax import datasets
 from lungjax.config import overrides
 from lungjax.evaluation import baselines, predictions
 from lungjax.evaluation.predictions import Predictions
+from lungjax.tables import pooled as pooled_scores
 from lungjax.training import cross_validation, setup, train
 from lungjax.training import workdir as workdirs
 
@@ -49,8 +50,10 @@ def quick(config, workdir, data_dir, *_):
         predicted = predict(data, data.rows(split), (np.arange(len(data.rows(split))) % 3 == 0).astype(int))
         predicted = replace(predicted, logits=np.log(predicted.probabilities))
         predictions.write(predicted, workdir / f"predictions_{split}.csv")
-    predictions.write(baselines.source_only(data), workdir / "predictions_source_only.csv")
-    (workdir / "report.json").write_text(json.dumps({"facts": {"parameters": 7, "steps": 2}}))
+    if not config.data.test_source:
+        predictions.write(baselines.source_only(data), workdir / "predictions_source_only.csv")
+    counts = {"train": dict(zip(CLASSES, np.bincount(data.columns["label"][data.rows("train")]).tolist(), strict=True))}
+    (workdir / "report.json").write_text(json.dumps({"facts": {"parameters": 7, "steps": 2, "counts": counts}}))
     (workdir / "metrics.jsonl").write_text(json.dumps({"step": 2, f"val.{config.train.monitor}": 0.5}) + "\n")
     (workdir / "report.md").write_text("")
 
@@ -67,7 +70,7 @@ def test_training_and_pooling_of_folds(root, monkeypatch, capsys):
     monkeypatch.setattr(train, "run", counted)
     with pytest.raises(ValueError, match="the disk is full"):
         cross_validation.run(changed(), 3, workdir, root / "data")
-    assert "fold 1 of 0 to 2" in capsys.readouterr().out
+    assert "fold1, of 3 runs" in capsys.readouterr().out
     assert (workdir / "fold0/report.md").exists() and not (workdir / "report.md").exists()
     assert cross_validation.run(changed(), 3, workdir, root / "data") == workdir / "report.md"
     assert trained == [0, 1, 1, 2], "the finished fold was trained again"
@@ -107,6 +110,68 @@ def test_training_and_pooling_of_folds(root, monkeypatch, capsys):
     assert trained[7:] == [2]
     cross_validation.run(changed("train.steps=4"), 3, workdir, root / "data")
     assert trained[8:] == [0, 1, 2]
+
+
+def test_each_source_left_out_once(root, monkeypatch, tmp_path):
+    trained = []
+
+    def counted(config, folder, *others):
+        trained.append(folder.name)
+        if trained == ["ordinary", "fold0"]:
+            raise ValueError("the disk is full")
+        quick(config, folder, *others)
+
+    monkeypatch.setattr(train, "run", counted)
+    workdir = tmp_path / "sources"
+    with pytest.raises(ValueError, match="the disk is full"):
+        cross_validation.run(changed(), "source", workdir, root / "data")
+    cross_validation.run(changed(), "source", workdir, root / "data")
+    assert trained == ["ordinary", "fold0", "fold0", "fold1"], "the finished run was trained again"
+    pooled = predictions.read(workdir / "predictions_test.csv")
+    assert len(pooled) == 30 and set(zip(pooled.sources, pooled.extra["fold"], strict=True)) == {
+        ("north", "0"), ("south", "1"),
+    }  # fmt: skip
+    report = json.loads((workdir / "report.json").read_text())
+    facts = report["facts"]["folds"]
+    assert facts["sources"] == ["north", "south"] and "source_only" not in report["controls"]
+    # The ordinary test split has one patient per class, with two images each.
+    ordinary = predictions.read(workdir / "ordinary/predictions_test.csv")
+    for i, source in enumerate(facts["sources"]):
+        own = predictions.read(workdir / f"fold{i}/predictions_test.csv")
+        assert facts["patients"][source]["n"] == len(set(own.groups))
+        both = np.flatnonzero(ordinary.sources == source)
+        if not len(both):
+            assert source not in facts["drop"]
+            continue
+        after = [own.predicted[own.ids == name].item() for name in ordinary.ids[both]]
+        labels, before = ordinary.labels[both], ordinary.predicted[both]
+        recalls = [[np.mean(np.asarray(p)[labels == c] == c) for c in np.unique(labels)] for p in (before, after)]
+        drop = facts["drop"][source]["slice.balanced_accuracy"]
+        assert facts["drop"][source]["n"] == len(both)
+        assert drop["difference"] == pytest.approx(np.mean(recalls[0]) - np.mean(recalls[1]))
+    text = (workdir / "report.md").read_text()
+    assert "Drop from the ordinary split, per image" in text and "Subgroups by source, per patient (test)" in text
+    assert "2 sources, each left out once" in text and "may recognize the source" not in text
+    with pytest.raises(ValueError, match="fold1 does not belong|ordinary does not belong"):
+        cross_validation.run(changed(), 3, workdir, root / "data")
+
+    # The folds count as one run in a table of pooled scores.
+    table = pooled_scores.markdown(tmp_path, 20)
+    assert (
+        "| sources | simple | none | 1 |" in table
+        and "sources/ordinary" in table
+        and "sources/fold0" not in table
+        and "north, 18 images" in table
+    )
+
+
+def test_source_with_the_only_images_of_a_class(tmp_path, monkeypatch):
+    made = [row | {"source": "north" if row["label"] == "left" else row["source"]} for row in rows(CLASSES, 5)]
+    prepare(tmp_path, "one", made)
+    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("trained before the check"))
+    with pytest.raises(ValueError, match="test_source=north.*images of left"):
+        config = runs.changed(changed(), "data.dataset=folder/one")
+        cross_validation.run(config, "source", tmp_path / "w", tmp_path / "data")
 
 
 def test_impossible_folds_and_foreign_workdir(root, tmp_path):

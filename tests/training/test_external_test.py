@@ -161,7 +161,7 @@ def test_data_set_with_test_images_only(root):
     external_test.evaluate(config, root / "run", root / "data", "folder/external")
     assert len(predictions.read(root / "run/external/folder_external/predictions_test.csv").ids) == 12
     config = overrides.override(config, "data.dataset=folder/external")
-    with pytest.raises(ValueError, match="split is empty"):
+    with pytest.raises(ValueError, match="no train split"):
         setup.set_up(config, root / "new", root / "data", "train", 0)
 
 

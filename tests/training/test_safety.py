@@ -138,16 +138,22 @@ def test_skip_of_only_the_bad_step(tmp_path, monkeypatch, capsys, small_data):
     assert "Step skipped: loss nan" in capsys.readouterr().out
     end = runs.last_state(tmp_path / "run")
     assert end["bad_steps"] == 1 and end["step"] == 4
-    # By hand: the training step on batches 1, 2 and 4 with the keys of those steps.
+    # By hand: the training step on batches 1, 2 and 4 with the keys of those steps, and the averages after it.
     built = runs.build(config)
-    state = built.new_state({})
+    state, decays = built.new_state({}), [1 / 10, 2 / 11, 0.2]
+    average = {path: np.float64(leaf) for path, leaf in trees.flatten(state.variables).items()}
     for i, batch in zip(range(4), pipeline.train_batches(small_data, config, start=0), strict=False):
         if i == 2:
             state = state.replace(step=state.step + 1)
         else:
             state, _ = built.train_step(state, batch)
-    for path, leaf in trees.flatten(state.params).items():
-        np.testing.assert_array_equal(end[f"params/{path}"], leaf, err_msg=path)
+            last, decay = trees.flatten({"params": state.params, "batch_stats": state.batch_stats}), decays.pop(0)
+            average = {path: decay * average[path] + (1 - decay) * np.float64(last[path]) for path in last}
+    for path, leaf in last.items():
+        np.testing.assert_array_equal(end[path], leaf, err_msg=path)
+    assert not any(path.startswith("ema/params/stem_conv") for path in end)  # it is frozen
+    runs.assert_close(runs.best_variables(tmp_path / "run"), trees.unflatten(average), rtol=1e-6, atol=1e-7)
+    assert len(runs.different(runs.best_variables(tmp_path / "run"), trees.unflatten(last))) > 8
 
 
 def test_other_examples_after_a_rewind(tmp_path, monkeypatch, capsys):

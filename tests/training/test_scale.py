@@ -99,10 +99,10 @@ def steps(mode):
     data, mesh = make_small_data(), meshes.make_mesh()
     built = program.build(config, data.classes, data.columns["label"][data.rows("train")], mesh)
     state = built.new_state({})
-    arrays = {"bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state.params))}
+    arrays = {"bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))}
     for _, batch in zip(range(2), pipeline.train_batches(data, config, start=0), strict=False):
         state, _ = built.train_step(state, meshes.to_devices(batch, mesh))
-    return arrays | {path: np.asarray(leaf) for path, leaf in trees.flatten(state.params).items()}
+    return arrays | {path: np.asarray(leaf) for path, leaf in trees.flatten(state.variables["params"]).items()}
 
 
 @pytest.fixture(scope="module")

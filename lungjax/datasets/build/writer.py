@@ -196,9 +196,16 @@ def prepare(
         converted = Counter(image.conversion for _, image in images.stored if image.conversion)
         if modes := ", ".join(f"{mode} ({count:,})" for mode, count in sorted(converted.items())):
             notes.append(f"images converted to 8-bit gray or RGB without transparency, by mode: {modes}")
-        notes = [note for note in (*listing.notes, *notes, twins.note, *removed) if note]
+        notes = [note for note in (*listing.notes, *notes, twins.note) if note]
+        notes += [f"images removed from the clean protocol ({reason}): {n:,}" for reason, n in removed.items()]
+        dark = len(images.unstaged) if on_no_lung == "skip" else 0
+        flow = {
+            "found": {"images": len(listing.examples), "groups": len({e.group for e in listing.examples})},
+            "skipped": {"missing or unreadable": len(images.skipped), "no body or lung detected": dark},
+            "removed": removed,
+        }
         lines = (images.skipped, images.unstaged, notes)
-        result = summary.summarize(data, info, *lines, listing.group_name, listing.warnings)
+        result = summary.summarize(data, info, *lines, listing.group_name, listing.warnings) | {"flow": flow}
         summary.write(result, written)
         staging.publish(written, final)
         shutil.rmtree(shard_folder)

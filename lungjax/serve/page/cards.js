@@ -278,7 +278,7 @@ export class Series {
     const names = files.map((file) => make("li", {}, file.name));
     const all = make("ul", { className: "quiet" }, ...names);
     const sent = make("details", {}, make("summary", {}, "Files of this request"), all);
-    const title = `Series of ${plural(record.files, "image")}: the mean of their probabilities`;
+    const title = `Series of ${plural(record.files, "image")}: the ${service.model.aggregate} of their probabilities`;
     const top = make("div", { className: "top" }, make("h3", { className: "name" }, title));
     const words = "There were too many files for one request, so each part is summarized separately.";
     const note = part ? [make("p", { className: "quiet" }, words)] : [];

@@ -1,0 +1,32 @@
+"""Mean predictions of an ensemble."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from scipy import special
+
+from lungjax.evaluation import bootstrap, predictions
+from lungjax.evaluation.predictions import Predictions
+
+
+def average(folders: Sequence[Path], split: str) -> Predictions | None:
+    """Returns the mean of the calibrated probabilities in the predictions_SPLIT.csv of several folders.
+
+    Its logits are the logarithms of the mean uncalibrated probabilities. Returns None if a file is missing, or if the
+    examples, their labels or patients are not the same in all of them.
+    """
+    files = [folder / f"predictions_{split}.csv" for folder in folders]
+    if not all(file.exists() for file in files):
+        return None
+    first = predictions.read(files[0])
+    try:
+        members = [bootstrap.align(first, predictions.read(file)) for file in files]
+    except ValueError:
+        return None
+    logits = None
+    if all(p.logits is not None for p in members):
+        plain = np.mean([special.softmax(p.logits, axis=1) for p in members], axis=0)
+        logits = np.log(np.maximum(plain, np.finfo(np.float32).tiny))
+    return replace(first, probabilities=np.mean([p.probabilities for p in members], axis=0), logits=logits)
