@@ -67,6 +67,7 @@ def set_up(
 ) -> Run:
     """Opens the data, resolves `config` and builds the program. Raises ValueError if they do not match the workdir."""
     data = open_data(config, data_dir)
+    labels = data.columns["label"][pipeline.train_rows(data)]
     config = load.resolve(auto.resolve(config, data, workdir, weights_dir))
     workdirs.check(workdir, config, mode)
     workdirs.check_same_data(workdir, data)
@@ -78,7 +79,6 @@ def set_up(
                 raise ValueError(f"eval.{field}: no class {name!r}; {configs.nearest(name, data.classes)}")
     if config.train.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise ValueError("train.tensorboard=True needs the extra: pip install -e '.[tensorboard]'")
-    labels = data.columns["label"][pipeline.train_rows(data)]
     mesh = meshes.make_mesh(config.train.devices)
     built = program.build(config, data.classes, labels, mesh)
     if mode == "train":

@@ -233,8 +233,8 @@ def test_missing_splits_from_train():
     assert result.count("val") / given.count("train") == pytest.approx(0.15 / 0.85, abs=0.02)
     assert len(set(zip(groups, result, strict=True))) == len(set(groups))
     assert complete(["train", "val", "test"], [0] * 3, "abc") == (["train", "val", "test"], [])
-    with pytest.raises(ValueError, match="train"):
-        complete(["val", "test"], [0, 1], "ab")
+    result, notes = complete(["val", "test"], [0, 1], "ab")
+    assert result == ["val", "test"] and "external test set" in notes[0]
 
 
 def test_study_cells():
