@@ -77,7 +77,7 @@ def _tested(r: Mapping[str, Any]) -> str:
 
 
 def _reasons(reasons: Mapping[str, int]) -> str:
-    return ", ".join(f"{n:,} {reason}" for reason, n in reasons.items())
+    return ", ".join(f"{reason}: {n:,}" for reason, n in reasons.items())
 
 
 def _partition(c: Config, r: Mapping[str, Any]) -> str:
@@ -104,12 +104,12 @@ def _missing(c: Config, r: Mapping[str, Any]) -> str:
     unknown = {name: v.get("unknown", 0) + v.get("missing", 0) for name, v in columns.items()}
     known = [f"{name} is unknown for {count(n, 'patient')}, who stay included" for name, n in unknown.items() if n]
     images = r.get("flow", {}).get("skipped", {})
-    return "; ".join([*known, *([f"images excluded: {_reasons(images)}"] if images else [])])
+    return "; ".join([*known, *([f"images excluded, {_reasons(images)}"] if images else [])])
 
 
 def _outcomes(c: Config, r: Mapping[str, Any]) -> str:
     counts = r["facts"].get("counts", {})
-    return "images: " + "; ".join(f"{s} {_reasons(n)}" for s, n in counts.items()) if counts else ""
+    return "images, " + "; ".join(f"{s}: {_reasons(n)}" for s, n in counts.items()) if counts else ""
 
 
 def _flow(c: Config, r: Mapping[str, Any]) -> str:
@@ -122,7 +122,7 @@ def _flow(c: Config, r: Mapping[str, Any]) -> str:
 
 def _exclusions(c: Config, r: Mapping[str, Any]) -> str:
     reasons = r.get("flow", {}).get("skipped", {}) | r.get("flow", {}).get("removed", {})
-    return f"images excluded: {_reasons(reasons) or 'none'}" if "flow" in r else ""
+    return f"images excluded, {_reasons(reasons) or 'none'}" if "flow" in r else ""
 
 
 def _preprocessing(c: Config, r: Mapping[str, Any]) -> str:
@@ -250,8 +250,7 @@ ANSWERS: dict[str, tuple[str, Answer]] = {
     "sources": (
         "report.json: test.subgroups.source",
         lambda c, r: (
-            f"scores per source: {listed([*r['test']['subgroups'].get('source', {})])}"
-            * bool(r["test"]["subgroups"].get("source"))
+            f"scores per source: {', '.join(names)}" if (names := r["test"]["subgroups"].get("source")) else ""
         ),
     ),
     "subgroups": ("report.json: test.subgroups", _subgroups),

@@ -290,7 +290,7 @@ def flow(counts: Mapping[str, Any], path: Path) -> None:
         if reasons := excluded[name]:
             arrow((3, (y + below) / 2), (4.6, (y + below) / 2))
             lines = [f"Excluded: {count(sum(reasons.values()), 'image')}"]
-            lines += [f"{n:,} {reason}" for reason, n in reasons.items()]
+            lines += [f"{reason}: {n:,}" for reason, n in reasons.items()]
             box(4.7, (y + below) / 2, lines, style.WRONG, "left")
     xs = [3.0] if len(counts["splits"]) == 1 else np.linspace(1.2, 7.4, len(counts["splits"]))
     for x, (name, of) in zip(xs, counts["splits"].items(), strict=True):
