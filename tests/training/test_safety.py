@@ -131,18 +131,18 @@ def test_non_finite_loss_and_its_batch(tmp_path, monkeypatch, small_data, comple
 
 
 def test_skip_of_only_the_bad_step(tmp_path, monkeypatch, capsys, small_data):
-    config = changed(PLAIN, "train.on_nan=skip", "train.steps=4")
+    config = changed(PLAIN, "train.on_nan=skip", "train.steps=5", "train.eval_steps=5", "optim.ema=0.26")
     with monkeypatch.context() as patch:
         break_batches(patch, {3})
         train.run(config, tmp_path / "run", tmp_path)
     assert "Step skipped: loss nan" in capsys.readouterr().out
     end = runs.last_state(tmp_path / "run")
-    assert end["bad_steps"] == 1 and end["step"] == 4
-    # By hand: the training step on batches 1, 2 and 4 with the keys of those steps, and the averages after it.
+    assert end["bad_steps"] == 1 and end["step"] == 5
+    # By hand: the training step on batches 1, 2, 4 and 5 with the keys of those steps, and the averages after it.
     built = runs.build(config)
-    state, decays = built.new_state({}), [1 / 10, 2 / 11, 0.2]
+    state, decays = built.new_state({}), [1 / 10, 2 / 11, 3 / 12, 0.26]
     average = {path: np.float64(leaf) for path, leaf in trees.flatten(state.variables).items()}
-    for i, batch in zip(range(4), pipeline.train_batches(small_data, config, start=0), strict=False):
+    for i, batch in zip(range(5), pipeline.train_batches(small_data, config, start=0), strict=False):
         if i == 2:
             state = state.replace(step=state.step + 1)
         else:
