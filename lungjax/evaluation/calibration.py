@@ -77,7 +77,7 @@ def recalibration(predictions: Predictions, draws: int = 2000) -> dict[str, dict
     """Returns {slope, intercept, intervals} by class.
 
     Slope and intercept are None without overlap between the log odds of the class and of the others, where the slope is
-    infinite. `intervals`, {name: (low, high)}, are from a bootstrap over patients, and are missing unless
+    infinite. `intervals`, {name: [low, high]}, are from a bootstrap over patients, and are missing unless
     `bootstrap.MIN_PATIENTS` have the class, and as many do not. In its draws, more than POINTS examples are grouped by
     rank, with the mean log odds of the group.
     """
@@ -108,7 +108,7 @@ def recalibration(predictions: Predictions, draws: int = 2000) -> dict[str, dict
         samples = [_logistic(x, of_class @ counts, every @ counts, fit, 6) for counts in blocks]
         for key, own in zip(values, np.concatenate(samples, axis=1), strict=True):
             if (ends := bootstrap.interval(own, values[key])) is not None:
-                result[name]["intervals"][key] = ends
+                result[name]["intervals"][key] = list(ends)
     return result
 
 

@@ -109,7 +109,10 @@ def test_recalibration_without_optimum():
     scores = np.linspace(0.1, 0.9, 40)
     separated = make_predictions(scores < 0.5, np.stack([scores, 1 - scores], axis=1))
     none = {"slope": None, "intercept": None, "intervals": {}}
-    assert calibration.recalibration(separated) == {"a": none, "b": none}
+    tied = np.where(np.arange(40) < 22, np.minimum(scores, scores[18]), scores)  # both classes at one value
+    tied = make_predictions(np.arange(40) < 20, np.stack([tied, 1 - tied], axis=1))
+    for p in (separated, tied):
+        assert calibration.recalibration(p) == {"a": none, "b": none}
     assert calibration.recalibration(make_predictions([0, 0], np.full((2, 2), 0.5)))["a"] == none
     assert calibration.recalibration(make_predictions([], np.zeros((0, 2))))["a"] == none
     few = make_predictions(np.arange(40) % 10 == 0, np.stack([scores, 1 - scores], axis=1))

@@ -49,11 +49,13 @@ def test_delong_on_the_published_example():
 
 def test_delong_clustered():
     a, b = random_predictions(150, 40, seed=1), random_predictions(150, 40, seed=2, spread=2.0)
-    patients = metrics.patient_keys(a)
+    mixed = np.array([f"m{i % 40}" for i in range(150)])  # patients with images of several classes
     for i, name in enumerate(a.classes[:2]):
-        test = paired_tests.test(a, b, f"slice.per_class.{name}.auc")
         positive, scores = a.labels == i, (a.probabilities[:, i], b.probabilities[:, i])
-        assert (test.difference, test.error**2) == pytest.approx(obuchowski(positive, *scores, patients))
+        for patients in (mixed, metrics.patient_keys(a)):
+            test = paired_tests.delong(positive, *scores, patients)
+            assert (test.difference, test.error**2) == pytest.approx(obuchowski(positive, *scores, patients))
+        assert paired_tests.test(a, b, f"slice.per_class.{name}.auc") == test
     # The same images several times add no information.
     rows = np.tile(np.arange(150), 3)
     ignored, copies = (
