@@ -215,7 +215,6 @@ ANSWERS: dict[str, tuple[str, Answer]] = {
             f"initial weights: {'random' if c.model.weights == 'none' else c.model.weights}; tuned: {c.optim.tune}"
         ),
     ),
-    "internal": ("report.json: test", lambda c, r: _score(r["test"]["slice"])),
     "labels": ("report.json: classes", lambda c, r: f"labels of the data set: {', '.join(r['classes'])}; not checked"),
     "metrics": ("report.md: Results", lambda c, r: "; ".join(context.METRICS.values())),
     "missing": ("report.json: flow, facts", _missing),

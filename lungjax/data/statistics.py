@@ -22,7 +22,10 @@ def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[
 
 
 def numbers(values: np.ndarray) -> np.ndarray | None:
-    """Returns the texts [N] as float64, NaN if missing; None if any is no number or few differ, as for categories."""
+    """Returns the texts [N] as float64, NaN if missing, or None for categories.
+
+    These are texts that are not all numbers, or have at most MAX_CATEGORIES different values.
+    """
     missing = np.isin(np.char.lower(values), MISSING)
     try:
         parsed = np.where(missing, "nan", values).astype(np.float64)

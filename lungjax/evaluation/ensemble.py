@@ -11,22 +11,30 @@ from lungjax.evaluation import bootstrap, predictions
 from lungjax.evaluation.predictions import Predictions
 
 
-def average(folders: Sequence[Path], split: str) -> Predictions | None:
-    """Returns the mean of the calibrated probabilities in the predictions_SPLIT.csv of several folders.
+def mean(members: Sequence[Predictions]) -> Predictions:
+    """Returns the mean of the calibrated probabilities, in the order of the first member.
 
-    Its logits are the logarithms of the mean uncalibrated probabilities. Returns None if a file is missing, or if the
-    examples, their labels or patients are not the same in all of them.
+    Its logits are the logarithms of the mean uncalibrated probabilities. Raises ValueError if the examples, their
+    labels or patients are not the same.
     """
-    files = [folder / f"predictions_{split}.csv" for folder in folders]
-    if not all(file.exists() for file in files):
-        return None
-    first = predictions.read(files[0])
-    try:
-        members = [bootstrap.align(first, predictions.read(file)) for file in files]
-    except ValueError:
-        return None
-    logits = None
+    first, logits = members[0], None
+    members = [bootstrap.align(first, p) for p in members]
     if all(p.logits is not None for p in members):
         plain = np.mean([special.softmax(p.logits, axis=1) for p in members], axis=0)
         logits = np.log(np.maximum(plain, np.finfo(np.float32).tiny))
     return replace(first, probabilities=np.mean([p.probabilities for p in members], axis=0), logits=logits)
+
+
+def average(folders: Sequence[Path], split: str) -> Predictions | None:
+    """Returns the `mean` of the predictions_SPLIT.csv of several folders.
+
+    Returns None if a file is missing, or if the examples, their labels or patients are not the same in all of them.
+    """
+    files = [folder / f"predictions_{split}.csv" for folder in folders]
+    if not all(file.exists() for file in files):
+        return None
+    members = [predictions.read(file) for file in files]
+    try:
+        return mean(members)
+    except ValueError:
+        return None

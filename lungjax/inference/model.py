@@ -95,7 +95,10 @@ class Model:
         by default the first.
         """
         self.check_method(method)
-        return self.explain_pixels(self._pixels(images, boxes), targets, method)[0]
+        pixels = self._pixels(images, boxes)
+        if targets is None:
+            return self.explain_pixels(pixels, None, method)[0]
+        return self.maps(pixels, np.asarray(targets), method)
 
     def explain_pixels(
         self, pixels: np.ndarray, targets: Sequence[int] | int | None = None, method: str | None = None

@@ -9,13 +9,15 @@ DIR has the folders `ct` and `xray` with a labels.csv (path, label, split, group
     ema         the same, with an average of the weights
     source      networks trained without one of the sources, which they are then tested on
     tta         the networks of `ordinary` and `source`, tested with test-time augmentation
-    study       the networks of the table covid_xray, five seeds each, also tested on `xray`
+    study       the networks of the table covid_xray, five seeds each, also tested on `xray` without talo-cohen, whose
+                COVID-19 images come from the same collection as the study's
 
 Runs are in FOLDER/runs/VARIANT/SET/NETWORK-SEED/ordinary, fold0, ..., and the output of the commands in FOLDER/logs.
 Two runs on one core each finish sooner than one after the other on two cores. An interrupted command continues where
 it stopped.
 """
 
+import csv
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,8 +44,7 @@ PARTS = ("ordinary", "ema", "source", "tta", "study")
 STUDY = ("xray_cnn,protocol=study", "xray_cnn,protocol=study,dropout=True", "xray_cnn", "efficientnet_lite0")
 STUDY_SEEDS = 5
 LABELS = "--label_map=COVID=covid,Normal=non,Pneumonia=non"  # of xray and of the study
-
-EXTERNAL = "external/folder_xray_all"  # folder of the tests on xray
+EXTERNAL = "external/folder_xray_hospitals"  # folder of the tests on xray
 
 Commands = dict[Path, list[str]]
 
@@ -63,10 +64,10 @@ class Runs:
         log = self.work / "logs" / f"{'-'.join(folder.relative_to(self.work / 'runs').parts)}.log"
         return {} if (folder / "report.md").exists() else {log: ["lungjax.main", *options, f"--workdir={folder}"]}
 
-    def prepare(self, dataset: str, folder: str, *options: str) -> None:
+    def prepare(self, dataset: str, source: Path, *options: str) -> None:
         if not (self.work / "data" / dataset).exists():
-            command = ["lungjax.prepare", f"--dataset={dataset}", f"--source={self.arguments.source / folder}"]
-            log = self.work / "logs" / f"prepare-{folder}.log"
+            command = ["lungjax.prepare", f"--dataset={dataset}", f"--source={source}"]
+            log = self.work / "logs" / f"prepare-{dataset.replace('/', '-')}.log"
             harness.run_commands({log: [*command, self.data, *options]}, 1)
 
     def train(self, part: str) -> Commands:
@@ -110,8 +111,7 @@ class Runs:
             for seed in range(STUDY_SEEDS):
                 folder = self.work / "runs/study" / experiments.load(name).name / f"seed{seed}"
                 train |= self.command(folder, f"--experiment={name}", f"--set=train.seed={seed}", self.data)
-                # Some images of xray are in the study's train split.
-                options = ["--dataset=folder/xray", "--split=all", LABELS, "--overlap=drop", self.data]
+                options = ["--dataset=folder/xray_hospitals", LABELS, self.data]
                 if not (folder / EXTERNAL / "report.md").exists():
                     command = ["lungjax.main", "--mode=evaluate", f"--workdir={folder}", *options]
                     test[self.work / "logs" / f"external-{folder.parent.name}-{seed}.log"] = command
@@ -125,7 +125,7 @@ def main() -> None:
     arguments = harness.parse(__doc__, ["source"], **defaults, **names)
     runs, parts = Runs(arguments), arguments.parts
     for name in arguments.sets:
-        runs.prepare(f"folder/{name}", name, *PREPARE[name])
+        runs.prepare(f"folder/{name}", arguments.source / name, *PREPARE[name])
     for part in ("ordinary", "ema", "source"):
         if part in parts:
             harness.run_commands(runs.train(part), arguments.jobs)
@@ -135,8 +135,13 @@ def main() -> None:
         print_tables(runs, name)
     if "study" in parts:
         for dataset in ("covid_xray_5k", "covid_xray_5k/oversampled"):
-            runs.prepare(dataset, "covid_xray_study")
-        runs.prepare("folder/xray", "xray", *PREPARE["xray"])
+            runs.prepare(dataset, arguments.source / "covid_xray_study")
+        hospitals = arguments.work / "hospitals"
+        if not hospitals.exists():
+            with (arguments.source / "xray/labels.csv").open(newline="") as file:
+                rows = [row | {"split": "test"} for row in csv.DictReader(file) if row["source"] != "talo-cohen"]
+            harness.write_labels(arguments.source / "xray", hospitals, rows)
+        runs.prepare("folder/xray_hospitals", hospitals, *PREPARE["xray"])
         for commands in runs.study():
             harness.run_commands(commands, arguments.jobs)
         table = ["--table=covid_xray", f"--workdir={arguments.work / 'runs/study'}", f"--seeds={STUDY_SEEDS}"]
@@ -147,7 +152,7 @@ def main() -> None:
 def print_tables(runs: Runs, name: str) -> None:
     """Prints the scores on the test split and on left-out sources, and the drop of the ensemble on each source."""
     from lungjax import datasets
-    from lungjax.evaluation import predictions
+    from lungjax.evaluation import ensemble, predictions
     from lungjax.tables import pooled
     from lungjax.training import cross_validation
 
@@ -173,7 +178,7 @@ def print_tables(runs: Runs, name: str) -> None:
                 each = [p for p in each if p is not None]
                 if not each:
                     continue
-                ensembles.append(average(each))
+                ensembles.append(ensemble.mean(each))
                 for kind, group in ({"single run": each} | ({"ensemble": ensembles[-1:]} if each[1:] else {})).items():
                     cells = [pooled.score(group, metric, 2000) for metric in pooled.SCORES.values()]
                     rows.append([f"{network}, {kind}{label}", len(each), *cells])
@@ -189,27 +194,26 @@ def print_tables(runs: Runs, name: str) -> None:
 
 
 def print_study(folder: Path) -> None:
-    """Prints the table of the X-ray study, and the scores of its networks on xray."""
-    from lungjax.evaluation import predictions
+    """Prints the table of the X-ray study, and the scores of its networks on other hospitals and on each source."""
+    from lungjax.evaluation import metrics, predictions
     from lungjax.tables import pooled
 
     print((folder / "tables/covid_xray.md").read_text())
-    rows = []
+    names = pooled.SCORES | {
+        "sensitivity, slice": "slice.per_class.covid.recall", "specificity, slice": "slice.per_class.covid.specificity",
+        "sensitivity, patient": "patient.per_class.covid.recall",
+        "specificity, patient": "patient.per_class.covid.specificity",
+    }  # fmt: skip
+    rows, heads = [], {}
     for network in sorted({path.parents[3] for path in folder.glob(f"*/*/{EXTERNAL}/report.md")}):
-        tests = [predictions.read(file) for file in network.glob(f"*/{EXTERNAL}/predictions_test.csv")]
-        cells = [pooled.score(tests, metric, 2000) for metric in pooled.SCORES.values()]
+        tests = [predictions.read(file) for file in sorted(network.glob(f"*/{EXTERNAL}/predictions_test.csv"))]
+        cells = [pooled.score(tests, metric, 2000) for metric in names.values()]
+        parts = [metrics.subgroups(p)["source"] for p in tests]
+        heads |= {f"accuracy, {source}, {len(p)} images": None for source, p in parts[0].items()}
+        cells += [pooled.score([part[source] for part in parts], "slice.accuracy", 2000) for source in parts[0]]
         rows.append([network.name, len(tests), len(tests[0]), *cells])
-    print("\nxray, networks of the study:\n\n" + harness.table(["network", "seeds", "images", *pooled.SCORES], rows))
-
-
-def average(runs: Sequence[Any]) -> Any:
-    """Returns the mean of calibrated probabilities of runs tested on the same examples."""
-    import dataclasses
-
-    from lungjax.evaluation import bootstrap
-
-    mean = sum(bootstrap.align(runs[0], run).probabilities for run in runs) / len(runs)
-    return dataclasses.replace(runs[0], probabilities=mean, logits=None)
+    print("\nother hospitals, networks of the study:\n")
+    print(harness.table(["network", "seeds", "images", *names, *heads], rows))
 
 
 def by_source(rows: Sequence[tuple[str, Any, Any]]) -> str:

@@ -7,6 +7,7 @@ Other frameworks may run in other interpreters, so this module needs only the st
 
 import argparse
 import contextlib
+import csv
 import importlib
 import json
 import os
@@ -64,6 +65,18 @@ def phantom(seed: int) -> tuple[str, Any]:
     drawn = slices.draw_slice(patient, slices.levels(patient, 5)[seed % 5])
     image = Image.fromarray(slices.gray(drawn.hu, patient.window))
     return patient.finding, image.resize((512, 512), Image.Resampling.BICUBIC)
+
+
+def write_labels(source: Path, target: Path, rows: Sequence[dict[str, str]]) -> None:
+    """Writes `rows` to labels.csv in the new folder `target`, which links the image folders of `source`."""
+    target.mkdir(parents=True)
+    for folder in source.iterdir():
+        if folder.is_dir():
+            (target / folder.name).symlink_to(folder.resolve())
+    with (target / "labels.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def cores() -> int:

@@ -33,14 +33,7 @@ def write_subset(source: Path, target: Path, count: int) -> None:
     for split in ("train", "val"):
         groups = members[split]
         selected |= set(random.Random(0).sample(groups, round(fraction * len(groups))))
-    target.mkdir(parents=True)
-    for folder in source.iterdir():
-        if folder.is_dir():
-            (target / folder.name).symlink_to(folder.resolve())
-    with (target / "labels.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(row for row in rows if row["group"] in selected)
+    harness.write_labels(source, target, [row for row in rows if row["group"] in selected])
 
 
 def main() -> None:
