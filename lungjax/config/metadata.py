@@ -42,9 +42,11 @@ class Metadata:
     # standard orientation (head or chest up), are then rotated first.
     orientation: str = "standard"
     modality: str = ""  # of the training images: ct, xray, or "" if unknown or mixed
-    positive: int | None = None  # positive class of the sigmoid output; None for softmax
+    # Positive class of the sigmoid output; None for softmax; -1 if each class is a finding, see `multilabel`.
+    positive: int | None = None
     tta: str = "none"  # test-time augmentation (`eval.tta`), with which temperature and thresholds were chosen
-    temperature: float = 1.0  # divisor of logits for calibration (`lungjax.evaluation.calibration`)
+    # Divisor of logits for calibration (`lungjax.evaluation.calibration`), one number or one per finding.
+    temperature: float | tuple[float, ...] = 1.0
     aggregate: str = "mean"  # from slices to patients (`lungjax.evaluation.aggregation`)
     # LEVEL.CLASS.RULE, where LEVEL is slice or patient: threshold on the calibrated probability, chosen on val, and
     # sensitivity, specificity, ppv, npv and intervals of the test split.
@@ -70,6 +72,11 @@ class Metadata:
         if self.novelty is not None:
             tree["novelty"] = {key: self.novelty.get(key) for key in ("false_alarms", "detection")}
         return tree | {"notice": NOTICE, "members": [member.public() for member in self.members]}
+
+    @property
+    def multilabel(self) -> bool:
+        """Whether the classes are findings with independent probabilities, of which an image may have several."""
+        return self.positive == -1
 
     @property
     def preprocessing(self) -> tuple[Any, ...]:
@@ -161,7 +168,7 @@ def _requirements(model: Metadata) -> Iterator[tuple[str, bool, str]]:
     choices: dict[str, tuple[Any, ...]] = {
         "plane": ("axial", "coronal", "sagittal"), "position": ("all", "mid"), "orientation": ("standard", "rotated"),
         "modality": ("", "ct", "xray"), "box": ("", "body", "given"), "stage": ("", *STAGES),
-        "positive": (None, *range(len(classes))), "tta": CHOICES["eval.tta"], "members": ((),),
+        "positive": (None, *range(-1, len(classes))), "tta": CHOICES["eval.tta"], "members": ((),),
     }  # fmt: skip
     for name, allowed in choices.items():
         yield name, getattr(model, name) in allowed, ", ".join(map(repr, allowed))
@@ -169,7 +176,9 @@ def _requirements(model: Metadata) -> Iterator[tuple[str, bool, str]]:
     valid = rule in AGGREGATES and {*names.split("+")} <= {"", *classes}
     yield "aggregate", valid, f"one of {', '.join(AGGREGATES)}, alone or with classes, as max:A"
     yield "input.channels", spec.channels in (1, 3), "1 or 3"
-    yield "temperature", _are_numbers((model.temperature,), 1) and model.temperature > 0, "a number above zero"
+    values = model.temperature if isinstance(model.temperature, tuple) else (model.temperature,)
+    valid = _are_numbers(values, 1, len(classes) if model.multilabel else 1) and min(values) > 0
+    yield "temperature", valid, "a number above zero, or one per finding"
     for name in ("points", "scores", "counts", "patients", "about"):
         yield name, isinstance(getattr(model, name), dict), "an object"
     yield "novelty", model.novelty is None or isinstance(model.novelty, dict), "an object"

@@ -29,7 +29,7 @@ COLUMNS = {  # of the index, with their types; a data set may add columns of typ
     "mean": np.float32, "std": np.float32, "found": np.bool_,
 }  # fmt: skip
 SLICES = "slices"  # the only TFDS split; train, val and test are in the index
-VERSION = "3.0.0"  # of the format of a prepared directory
+VERSION = "4.0.0"  # of the format of a prepared directory
 BODY_SIDE = 128  # rows and columns of stored body masks, regardless of the image size
 INDEX = "index.npz"
 INFO = "lungjax.json"

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -112,7 +113,7 @@ def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generato
     return take_turns(lines, count)
 
 
-def take_turns(lists: Sequence[Sequence[int]], count: int) -> list[int]:
+def take_turns(lists: Sequence[Sequence[Any]], count: int) -> list[Any]:
     """Returns the first element of each list, then the second ones, and so on; at most `count`."""
     return [item for turn in itertools.zip_longest(*lists) for item in turn if item is not None][:count]
 

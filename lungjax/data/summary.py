@@ -34,11 +34,11 @@ def summarize(
     """Returns the summary of a data set; `info` is the content of lungjax.json, `warnings` precede its own warnings."""
     columns, classes = data.columns, data.classes
     width, height = columns["width"], columns["height"]
-    sizes, of_size = _count(data, np.column_stack([width, height]))
     sources, of_source = _count(data, columns["source"])
     kinds, unknown = labels.codes(columns["label"]), (columns["label"] == labels.UNKNOWN).sum(axis=0)
-    of_group, of_picture = (
-        statistics.count_values(columns[key], kinds, kinds.max() + 1)[1] for key in ("group", "pixels")
+    (sizes, of_size), (_, of_group), (_, of_picture) = (
+        statistics.count_values(values, kinds, kinds.max() + 1)
+        for values in (np.column_stack([width, height]), columns["group"], columns["pixels"])
     )
     copies = of_picture[of_picture.sum(axis=1) > 1]
     protocols = {name: replace(data, protocol=name) for name in ("clean", *(["study"] if info["study"] else []))}

@@ -219,7 +219,7 @@ def _evaluate(
         if 0 < fewer < MIN_PATIENTS:
             without |= {n for area in AREAS for n in (f"per_class.{name}.{area}", f"{area}_macro", f"{area}_weighted")}
     for run in samples:
-        run |= dict.fromkeys(without, np.full(draws, np.nan))
+        run |= dict.fromkeys(without & run.keys(), np.full(draws, np.nan))
     return points, samples, patients
 
 

@@ -101,7 +101,7 @@ def check_method(method: str, methods: Sequence[str]) -> None:
 
 def class_scores(logits: jax.Array, targets: jax.Array, positive: int | None) -> jax.Array:
     """Returns the score [B] of one class per example, `targets` [B], from the logits [B, outputs]."""
-    if positive is None:
+    if positive in (None, outputs.EACH):
         return jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     return jnp.where(targets == positive, logits[:, 0], -logits[:, 0])
 
@@ -113,9 +113,9 @@ class Explainer:
     module: Network  # of `models.build`
     variables: dict[str, Any]  # params and batch_stats
     spec: InputSpec  # with the mean and std of the weights
-    positive: int | None = None  # positive class of a sigmoid head; None for softmax
+    positive: int | None = None  # see `outputs.positive_class`
     batch_size: int = 0  # images or occluded copies; 0 means the batch size of prediction
-    temperature: float = 1.0  # of the probabilities, for calibration
+    temperature: outputs.Temperature = 1.0  # of the probabilities, for calibration
     tta: str = "none"  # `eval.tta`; maps are then means over the image and its mirror
 
     def __post_init__(self) -> None:

@@ -97,7 +97,7 @@ def build(
             note="The true classes alternate, in order of falling probability; further images of a patient come last.",
             text=True,
         ),
-        "counts": _counts(facts.get("counts")),
+        "counts": _counts(facts.get("counts"), report["multilabel"]),
         "characteristics": _characteristics(facts.get("characteristics")),
         "about": about or {},
         "summary": summary,
@@ -112,9 +112,15 @@ def build(
 def headline(report: Mapping[str, Any]) -> dict[str, dict[str, Number]]:
     """Returns the main test scores by level and name: {"On 40 test slices": {"accuracy": ...}}."""
     return {
-        f"On {count(level['n'], f'test {noun}')}": {words: number(level, name) for name, words in HEADLINE.items()}
+        f"On {count(level['n'], f'test {noun}')}": {
+            _words(report, words): number(level, name) for name, words in HEADLINE.items()
+        }
         for noun, level in distinct_levels(report["test"], report["unit"]).items()
     }
+
+
+def _words(report: Mapping[str, Any], words: str) -> str:
+    return words.replace("classes", "findings") if report["multilabel"] else words
 
 
 def distinct_levels(levels: Mapping[str, Any], unit: str) -> dict[str, Any]:
@@ -144,7 +150,8 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
         for name, level in distinct_levels(report[split], unit).items()
     }
     rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
-    rows += [[words, *(number(level, name) for level in columns.values())] for name, words in METRICS.items()]
+    names = {name: words for name, words in METRICS.items() if name in test["slice"]}
+    rows += [[_words(report, w), *(number(level, name) for level in columns.values())] for name, w in names.items()]
     scale = "calibrated on val" if "calibration" in report else "not calibrated"
     rule, _, names = report["aggregate"].partition(":")
     patient = AGGREGATES[rule].format("the patient's images") + f", for {names.replace('+', ' and ')}" * bool(names)
@@ -162,9 +169,10 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     if "folds" in report["facts"]:
         tables += _folds(report["facts"]["folds"], classes, list(distinct_levels(test, unit)))
     for noun, level in distinct_levels(test, unit).items():
-        rows = [[name, *counts] for name, counts in zip(classes, level["confusion"], strict=True)]
-        confusion = Table(["true / predicted", *classes], rows, f"Confusion, per {noun} (test)")
-        tables += [_classes(noun, level), confusion]
+        tables.append(_classes(noun, level))
+        if "confusion" in level:
+            rows = [[name, *counts] for name, counts in zip(classes, level["confusion"], strict=True)]
+            tables.append(Table(["true / predicted", *classes], rows, f"Confusion, per {noun} (test)"))
     tables += [_subgroups(column, groups, classes, unit) for column, groups in test["subgroups"].items()]
     if "calibration" in report:
         tables += [_calibration(report["calibration"]), _recalibration(report["calibration"])]
@@ -214,12 +222,20 @@ def _folds(folds: Mapping[str, Any], classes: Sequence[str], units: Sequence[str
 
 
 def _classes(unit: str, level: Mapping[str, Any]) -> Table:
-    head = ["class against the rest", "n", *(SHORT_METRICS.get(name, name) for name in metrics.PER_CLASS)]
+    known = ["known"] * ("confusion" not in level)  # of findings
+    head = ["finding" if known else "class against the rest", "n", *known]
+    head += [SHORT_METRICS.get(name, name) for name in metrics.PER_CLASS]
     rows = [
-        [name, values["n"], *(number(level, f"per_class.{name}.{key}", values[key]) for key in metrics.PER_CLASS)]
+        [
+            name,
+            values["n"],
+            *(values[key] for key in known),
+            *(number(level, f"per_class.{name}.{key}", values[key]) for key in metrics.PER_CLASS),
+        ]
         for name, values in level["per_class"].items()
     ]
-    return Table(head, rows, f"Classes, per {unit} (test)")
+    note = "n is the number of images with the finding, known that of images with a known label." if known else ""
+    return Table(head, rows, f"{'Findings' if known else 'Classes'}, per {unit} (test)", note)
 
 
 def _subgroups(column: str, groups: Mapping[str, Any], classes: Sequence[str], unit: str) -> Table:
@@ -237,7 +253,13 @@ def _subgroups(column: str, groups: Mapping[str, Any], classes: Sequence[str], u
 
 def _calibration(calibration: Mapping[str, Any]) -> Table:
     names, temperature = ("ece", "brier", "loss"), calibration["temperature"]
-    scale = "one T per network" if temperature is None else f"T = {rate(temperature)}"
+    if temperature is None:
+        scale = "one T per network"
+    elif isinstance(temperature, float):
+        scale = f"T = {rate(temperature)}"
+    else:
+        pairs = zip(temperature, calibration["calibrated"]["per_class"], strict=True)
+        scale = "T = " + ", ".join(f"{rate(t)} ({name})" for t, name in pairs)
     kinds = {"uncalibrated": "uncalibrated", "calibrated": f"calibrated by temperature scaling, {scale}"}
     rows = [[words, *(number(calibration[kind], name) for name in names)] for kind, words in kinds.items()]
     note = (
@@ -311,12 +333,13 @@ def _novelty(rates: Mapping[str, Any]) -> Table:
     return Table(["images", "n", "with a warning"], rows, "Unfamiliar images", note)
 
 
-def _counts(counts: Mapping[str, Mapping[str, int]] | None) -> Table | None:
+def _counts(counts: Mapping[str, Mapping[str, int]] | None, multilabel: bool) -> Table | None:
     if not counts:
         return None
     classes = list(next(iter(counts.values())))
-    rows = [[split, *(n.get(c, 0) for c in classes), sum(n.values())] for split, n in counts.items()]
-    return Table(["split", *classes, "all"], rows)
+    every = () if multilabel else ("all",)
+    rows = [[split, *(n.get(c, 0) for c in classes), *(sum(n.values()) for _ in every)] for split, n in counts.items()]
+    return Table(["split", *classes, *every], rows)
 
 
 def _characteristics(splits: Mapping[str, Any] | None) -> Table | None:

@@ -3,13 +3,13 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from lungjax.data.statistics import take_turns
 from lungjax.evaluation import metrics, operating_points
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation.predictions import Predictions, binary
 from lungjax.report import contact_sheet, style
 from lungjax.report.contact_sheet import Section, Tile
 from lungjax.report.templating import count
@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 MAX_ANNOTATED = 16  # classes up to which the cells of a confusion matrix have numbers
 MIN_SMOOTHED = 60  # points from which the loss has a running mean
 MAX_PANELS = 12  # classes with a decision curve
+
+
+class Shown(NamedTuple):
+    """A prediction of an image: of its class, or of one finding, whose absence is the class "no NAME"."""
+
+    row: int
+    target: int  # index of the class or finding that a heat map explains
+    true: str
+    predicted: str
+    probability: float  # of the predicted class
+    probability_of_true: float
 
 
 def training_curves(
@@ -113,17 +124,18 @@ def confusion_cells(axis: "Axes", counts: np.ndarray, shares: bool, fontsize: fl
 
 def curves(kind: str, predictions: Predictions, path: Path) -> None:
     """Draws the "roc" or "pr" (precision-recall) `curve` of each class against the rest and the pooled (micro) one."""
-    p, classes = predictions, predictions.classes
+    classes = predictions.classes
     figure = style.figure(8.4, 5.6, layout="compressed")
     axis = figure.subplots()
     square(axis, kind)
     title = {"roc": "ROC", "pr": "Precision and recall"}[kind]
-    axis.set_title(f"{title}: each class against the rest", loc="left", fontsize=12, color=style.INK)
-    scores, is_class = p.probabilities.astype(np.float64), p.labels[:, None] == np.arange(len(classes))
+    each = "each finding" if predictions.multilabel else "each class against the rest"
+    axis.set_title(f"{title}: {each}", loc="left", fontsize=12, color=style.INK)
     looks: list[dict[str, Any]] = [{**style.line_style(i), "linewidth": 1.8} for i in range(len(classes))]
     looks += [{"color": style.INK, "linestyle": (0, (5, 1.5, 1, 1.5)), "linewidth": 1.2, "zorder": 1.9}]
     names = [*(style.short(name, 26) for name in classes), "all pooled (micro)"]
-    pairs = [*zip(is_class.T, scores.T, strict=True), (is_class.ravel(), scores.ravel())]
+    pairs = [(p.labels == i, p.probabilities[:, i].astype(np.float64)) for p, i in binary(predictions).values()]
+    pairs.append((np.concatenate([hit for hit, _ in pairs]), np.concatenate([score for _, score in pairs])))
     for name, (positive, values), look in zip(names, pairs, looks, strict=True):
         area = curve(axis, kind, positive, values, look)
         score = {"roc": f"AUC {area:.3f}", "pr": f"AP {area:.3f}, chance {positive.mean():.3f}"}[kind]
@@ -160,41 +172,58 @@ def curve(axis: "Axes", kind: str, positive: np.ndarray, scores: np.ndarray, loo
 
 def example_sheet(predictions: Predictions, read_image: Callable[[int], np.ndarray], count: int, path: Path) -> None:
     """Draws the images of `choose_examples`; `read_image` returns that of a row, uint8 [h, w] or [h, w, 1 or 3]."""
-    p, sections = predictions, []
+    sections = []
     looks = (("Correct", style.CORRECT), ("Wrong", style.WRONG))
-    for (what, color), rows in zip(looks, choose_examples(p, count), strict=True):
-        title = f"{what} ({len(rows)} shown)" if rows else f"{what}: none"
+    for (what, color), chosen in zip(looks, choose_examples(predictions, count), strict=True):
+        title = f"{what} ({len(chosen)} shown)" if chosen else f"{what}: none"
         tiles = []
-        for row in rows:
-            name, probability = p.classes[p.predicted[row]], float(p.probabilities[row, p.predicted[row]])
-            predicted = f"predicted: {style.short(name, 12)} {style.percent(probability)}"
-            lines = (str(p.ids[row]), f"true: {p.classes[p.labels[row]]}", predicted)
-            tiles.append(Tile(np.asarray(read_image(row)), lines, frame=color))
+        for shown in chosen:
+            predicted = f"predicted: {style.short(shown.predicted, 12)} {style.percent(shown.probability)}"
+            lines = (str(predictions.ids[shown.row]), f"true: {shown.true}", predicted)
+            tiles.append(Tile(np.asarray(read_image(shown.row)), lines, frame=color))
         sections.append(Section(tiles, title, color))
     longest = max(len(section.tiles) for section in sections)
     contact_sheet.draw(sections, path, min(max(longest, 3), 6), aspect=2.0)
 
 
-def mistakes(predictions: Predictions, rows: Sequence[int], images: np.ndarray, heats: np.ndarray, path: Path) -> None:
+def mistakes(ids: np.ndarray, wrong: Sequence[Shown], images: np.ndarray, heats: np.ndarray, path: Path) -> None:
     """Draws misclassified images, uint8 [M, h, w, 1 or 3], each next to a copy with its heat map [h, w] in 0..1."""
-    p, tiles = predictions, []
-    for row, image, heat in zip(rows, images, heats, strict=True):
-        lines = [str(p.ids[row])]
-        for what, label in (("predicted", p.predicted[row]), ("true", p.labels[row])):
-            probability = float(p.probabilities[row, label])
-            lines.append(f"{what}: {style.short(p.classes[label], 36)} {style.percent(probability)}")
+    tiles = []
+    for shown, image, heat in zip(wrong, images, heats, strict=True):
+        lines = [str(ids[shown.row])]
+        lines.append(f"predicted: {style.short(shown.predicted, 36)} {style.percent(shown.probability)}")
+        lines.append(f"true: {style.short(shown.true, 36)} {style.percent(shown.probability_of_true)}")
         if not heat.any():
             lines.append("heat map: no evidence")
         tiles += [Tile(image, lines, frame=style.WRONG, wide=True), Tile(image, heat=heat, frame=style.WRONG)]
-    contact_sheet.draw([Section(tiles)], path, 2 * min(len(rows), 2), paired=True, aspect=2.0)
+    contact_sheet.draw([Section(tiles)], path, 2 * min(len(wrong), 2), paired=True, aspect=2.0)
 
 
-def choose_examples(predictions: Predictions, count: int) -> tuple[list[int], list[int]]:
-    """Returns up to `count` rows of correct and of wrong predictions, alternating between true classes.
+def choose_examples(predictions: Predictions, count: int) -> tuple[list[Shown], list[Shown]]:
+    """Returns up to `count` correct and as many wrong predictions, alternating between true classes, or findings.
 
     Correct ones are spread evenly over a class; wrong ones fall in probability, the first image of each patient first.
     """
-    p, predicted = predictions, predictions.predicted
+    if not predictions.multilabel:
+        right, wrong = ([_shown(predictions, row) for row in rows] for rows in _right_and_wrong(predictions, count))
+        return right, wrong
+    sides: tuple[list[list[Shown]], list[list[Shown]]] = ([], [])
+    for i, (own, _) in enumerate(binary(predictions).values()):
+        known = np.flatnonzero(predictions.labels[:, i] >= 0)
+        for side, rows in zip(sides, _right_and_wrong(own, count), strict=True):
+            side.append([_shown(own, row)._replace(row=int(known[row]), target=i) for row in rows])
+    return take_turns(sides[0], count), take_turns(sides[1], count)
+
+
+def _shown(p: Predictions, row: int) -> Shown:
+    label, predicted = p.labels[row], p.predicted[row]
+    of_predicted, of_true = (float(p.probabilities[row, i]) for i in (predicted, label))
+    return Shown(row, int(predicted), p.classes[label], p.classes[predicted], of_predicted, of_true)
+
+
+def _right_and_wrong(p: Predictions, count: int) -> tuple[list[int], list[int]]:
+    """Returns the rows of `choose_examples` for classes that exclude each other."""
+    predicted = p.predicted
     confidence = p.probabilities.max(axis=1)
     right, wrong = [], []
     for label in range(len(p.classes)):
@@ -232,8 +261,8 @@ def reliability(kinds: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) ->
 
 def decision_curves(predictions: Predictions, path: Path) -> None:
     """Draws the net benefit of the MAX_PANELS most frequent classes. Raises ValueError without examples."""
-    p = predictions
-    n = [int((p.labels == i).sum()) for i in range(len(p.classes))]
+    each = [*binary(predictions).values()]
+    n = [int((p.labels == i).sum()) for p, i in each]
     panels = sorted(sorted(range(len(n)), key=lambda i: -n[i])[:MAX_PANELS])
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
@@ -243,9 +272,10 @@ def decision_curves(predictions: Predictions, path: Path) -> None:
         axis.set_visible(False)
     for axis in axes.flat[: len(panels)][-columns:]:
         axis.tick_params(labelbottom=True)  # also above an empty cell
-    for axis, i in zip(axes.flat, panels, strict=False):
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        p, i = each[panel]
         curve = operating_points.net_benefit(p, i)
-        t, share = curve["thresholds"], n[i] / len(p)
+        t, share = curve["thresholds"], n[panel] / len(p)
         style.style(axis, f"{style.short(p.classes[i], 24)} ({style.percent(share)})", 10)
         axis.axhline(0, color=style.INK, linewidth=1, label="treat none")
         axis.plot(t, curve["all"], color=style.MUTED, linewidth=1.4, linestyle=style.DASHES, label="treat all")

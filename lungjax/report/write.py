@@ -69,6 +69,7 @@ def write_report(
         "version": VERSION,
         "name": config.name,
         "classes": list(test.classes),
+        "multilabel": test.multilabel,
         "unit": (summary or {}).get("unit", "image"),
         "best": {"step": step, "monitor": config.train.monitor, "score": scores[-1] if scores else None},
         "aggregate": rules.item() if rules.size == 1 else "per fold",
@@ -82,12 +83,12 @@ def write_report(
         },
         "mistakes": [
             {
-                "id": str(test.ids[row]),
-                "true": test.classes[test.labels[row]],
-                "predicted": test.classes[test.predicted[row]],
-                "probability": float(test.probabilities[row].max()),
+                "id": str(test.ids[shown.row]),
+                "true": shown.true,
+                "predicted": shown.predicted,
+                "probability": shown.probability,
             }
-            for row in wrong
+            for shown in wrong
         ],
     }
     if (source := results.get("source_only")) is not None:
@@ -97,7 +98,7 @@ def write_report(
         report["flow"] = _flow(
             summary, facts["characteristics"], "clean" if "external" in facts else config.data.protocol
         )
-    if test.logits is not None and temperature != 1.0:
+    if test.logits is not None and (temperature is None or np.any(np.asarray(temperature) != 1)):
         report["calibration"] = calibration.summary(test, temperature, config.eval.draws)
     if points is None and len(results.get("val", ())):
         points = operating_points.choose_all(results["val"], test, config.eval)
@@ -146,9 +147,10 @@ def warnings(
     config: Config, results: Mapping[str, Predictions], history: Sequence[Mapping[str, Any]], report: Mapping[str, Any]
 ) -> Iterator[str]:
     """Yields caveats about the numbers of a report."""
+    p, level = results["test"], report["test"]["slice"]
     for split in ("test", "val") if "val" in report else ("test",):
-        level, patient = report[split]["slice"], report[split]["patient"]
-        counts = {name: values["n"] for name, values in level["per_class"].items()}
+        per_class, patient = report[split]["slice"]["per_class"], report[split]["patient"]
+        counts = {name: values["n"] for name, values in per_class.items()}
         absent = [name for name, n in counts.items() if not n]
         few = [f"{name} ({n})" for name, n in counts.items() if 0 < n < MIN_EXAMPLES]
         if absent:
@@ -157,13 +159,17 @@ def warnings(
             yield f"The {split} split has few examples of {listed(few)}: their rates are unreliable."
         if patient["mixed_groups"]:
             mixed = count(patient["mixed_groups"], "patient")
-            yield f"The {split} scores per patient exclude {mixed} with images of several classes."
-        never = [name for name, v in level["per_class"].items() if v["precision"] is None]
+            which = (
+                "whose images differ in a finding, for that finding"
+                if p.multilabel
+                else "with images of several classes"
+            )
+            yield f"The {split} scores per patient exclude {mixed} {which}."
+        never = [name for name, v in per_class.items() if v["precision"] is None]
         if never:
             yield f"Never predicted on the {split} split: {listed(never)}. Their precision is undefined."
-    p, level = results["test"], report["test"]["slice"]
     frequency = max(v["n"] for v in level["per_class"].values()) / level["n"]
-    if level["accuracy"] <= frequency and len(p.classes) > 1:
+    if not p.multilabel and level["accuracy"] <= frequency and len(p.classes) > 1:
         chance = f"always predicting the most frequent class ({frequency:.3f})"
         yield f"The test accuracy of {level['accuracy']:.3f} is no better than {chance}."
     if level["n"] > 1 and report["test"]["patient"]["n"] == level["n"]:
@@ -191,7 +197,7 @@ def warnings(
 
 
 def _source_warnings(p: Predictions, by_source: Mapping[str, Any]) -> Iterator[str]:
-    if len(by_source) < 2:
+    if len(by_source) < 2 or p.multilabel:
         return
     classes = {s: [c for c, v in level["per_class"].items() if v["n"]] for s, level in by_source.items()}
     single = [f"{source} ({names[0]})" for source, names in classes.items() if len(names) == 1]
@@ -214,7 +220,7 @@ def draw(
 ) -> list[str]:
     """Draws every figure into `folder`; returns the file names in the order of the report."""
     files = []
-    for noun, level in context.distinct_levels(report["test"], report["unit"]).items():
+    for noun, level in context.distinct_levels(report["test"], report["unit"]).items() if not test.multilabel else ():
         name = f"confusion_{'patient' if noun == 'patient' else 'slice'}.png"
         title = f"Confusion on the test split, {count(level['n'], noun)}"
         plots.confusion(level["confusion"], test.classes, folder / name, title)
@@ -235,9 +241,9 @@ def draw(
     wrong = plots.choose_examples(test, config.eval.examples)[1]
     (folder / "mistakes.png").unlink(missing_ok=True)  # from an earlier report
     if wrong and explain is not None:
-        images = np.stack([read_image(row) for row in wrong])
-        heats = explain(images, test.predicted[wrong])
-        plots.mistakes(test, wrong, images, heats, folder / "mistakes.png")
+        images = np.stack([read_image(shown.row) for shown in wrong])
+        heats = explain(images, np.asarray([shown.target for shown in wrong]))
+        plots.mistakes(test.ids, wrong, images, heats, folder / "mistakes.png")
         files.append("mistakes.png")
     if history:  # empty for several runs, or for a run on another data set
         best_step = report["best"]["step"] if config.train.keep == "best" else None

@@ -15,6 +15,7 @@ from lungjax import config as configs
 from lungjax import datasets
 from lungjax.config import Config, overrides
 from lungjax.data import folds, pipeline, summary
+from lungjax.data.labels import indicators
 from lungjax.data.prepared import Prepared
 from lungjax.evaluation import bootstrap, metrics, predictions
 from lungjax.evaluation.predictions import Predictions
@@ -189,7 +190,7 @@ def _facts(folders: Sequence[Path], fold_predictions: Sequence[Predictions], dat
     items = fold_facts[0].items()
     shared = {k: v for k, v in items if k in SHARED_FACTS and all(facts.get(k) == v for facts in fold_facts)}
     rows = np.flatnonzero(data.columns["split"] != "")
-    counts = np.bincount(data.columns["label"][rows], minlength=len(data.classes))
+    counts = indicators(data.columns["label"][rows], len(data.classes)).sum(axis=0)
     sizes = [len(p) for p in fold_predictions]  # may differ, since near duplicates are in the same fold
     span = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
     return {

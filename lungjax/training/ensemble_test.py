@@ -10,11 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from lungjax import datasets
 from lungjax.config import Config, overrides
 from lungjax.data import pipeline
+from lungjax.data.labels import indicators
 from lungjax.evaluation import ensemble
 from lungjax.report import write as reporting
 from lungjax.report.templating import listed
@@ -60,7 +59,7 @@ def evaluate(config: Config, runs: Sequence[Path], workdir: Path, data_dir: Path
     data = datasets.open_dataset(other[0], data_dir) if other else setup.open_data(config, data_dir)
     test, reader = results["test"], pipeline.Reader(data, config.input)
     rows = {name: row for row, name in enumerate(data.columns["file"].tolist())}
-    counts = np.bincount(test.labels, minlength=len(test.classes)).tolist()
+    counts = indicators(test.labels, len(test.classes)).sum(axis=0).tolist()
     facts = {
         **workdirs.data_facts(data),
         **provenance.facts(),

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import logsumexp, softmax
@@ -15,14 +16,16 @@ from scipy.special import logsumexp, softmax
 from lungjax import datasets
 from lungjax.config import Config, metadata, nearest, overrides
 from lungjax.data import pipeline, summary
+from lungjax.data.labels import indicators
 from lungjax.data.prepared import SPLITS, Prepared
 from lungjax.datasets import overlap
-from lungjax.evaluation import baselines, predictions
+from lungjax.evaluation import baselines, calibration, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.report import write as reporting
 from lungjax.runtime import distributed
 from lungjax.runtime.checkpoint import restore_best
 from lungjax.training import final_report, program, setup
+from lungjax.training.setup import Run
 
 TESTABLE_SPLITS = (*SPLITS, "all")
 IGNORED = "-"  # right-hand side of a label map for a class that is not tested
@@ -75,6 +78,9 @@ def evaluate(
             "--label_map, --split and --overlap": f"{label_map} {split} {drop_overlap}",
         }
     )
+    findings = run.data.columns["label"].ndim == 2
+    if findings or other.columns["label"].ndim == 2:
+        other = with_findings(other, run.data, label_map)
     mapping = read_map(label_map, other.classes, run.data.classes)
     # Images that are stored upside down are rotated to the orientation of the training images.
     selected = replace(select(other, mapping, split), rotate=other.orientation != run.data.orientation)
@@ -84,26 +90,19 @@ def evaluate(
     )
     notes += _notes(run.config, run.data, view)
     variables, step = restore_best(workdir, run.program.abstract_state.variables)
-    temperature = model.temperature if model else 1.0
+    temperature, points = (model.temperature, model.points) if model else (1.0, None)
     results = {}
     with program.memory_advice(run.config, run.program.mesh.size):
         for name, images in (("test", view), ("no_lungs", datasets.without_lungs(view, data_dir))):
             if images is not None:
-                # Labels of the other data set are not classes of the run, so `map_predictions` sets them later.
-                labels = images.columns["label"]
-                columns = images.columns | {"label": np.zeros_like(labels)}
-                unlabeled = replace(images, classes=run.data.classes, columns=columns)
-                predicted = run.predict(variables, "test", unlabeled)
-                results[name] = map_predictions(predicted, mapping, labels[images.rows("test")], temperature)
-                if model and model.aggregate != "mean":
-                    results[name] = predictions.with_rule(results[name], model.aggregate)
+                results[name] = _predict(run, variables, images, mapping, model)
     if model:
         own_val = predictions.read(workdir / "predictions_val.csv")
-        results["val"] = map_val(own_val, mapping, run.data.name, temperature)
+        results["val"] = own_val if findings else map_val(own_val, mapping, run.data.name, temperature)
         notes.append(f"Thresholds and temperature come from the val split of {run.data.name}, the run's own data.")
     else:
         notes.append("The run is not finished: its probabilities are not calibrated, and it has no thresholds.")
-    counts = np.bincount(results["test"].labels, minlength=len(mapping.classes))
+    counts = indicators(results["test"].labels, len(mapping.classes)).sum(axis=0)
     facts = final_report.describe(run) | {
         "dataset": other.name,
         "classes": list(mapping.classes),
@@ -136,13 +135,48 @@ def evaluate(
         folder.mkdir(parents=True, exist_ok=True)
         report = reporting.write_report(
             folder, run.config, results, [], facts | heat_maps, lambda i: reader(rows[i]), explain, **description,
-            temperature=temperature, points=model.points if model and mapping.classes == model.classes else None,
+            temperature=temperature, points=points if model and mapping.classes == model.classes else None,
         )  # fmt: skip
         for warning in baselines.warnings(report):
             distributed.print_once(warning)
 
     distributed.on_first_host(write)
     return folder / "report.md"
+
+
+def _predict(
+    run: Run, variables: dict[str, Any], images: Prepared, mapping: LabelMap, model: metadata.Metadata | None
+) -> Predictions:
+    """Returns the calibrated predictions of the tested classes on the test split of `images`."""
+    labels, temperature = images.columns["label"], model.temperature if model else 1.0
+    if labels.ndim == 2:
+        result = calibration.apply_temperature(run.predict(variables, "test", images), temperature)
+    else:
+        # Labels of the other data set are not classes of the run, so `map_predictions` sets them later.
+        unlabeled = replace(images, classes=run.data.classes, columns=images.columns | {"label": np.zeros_like(labels)})
+        predicted = run.predict(variables, "test", unlabeled)
+        result = map_predictions(predicted, mapping, labels[images.rows("test")], temperature)
+    return predictions.with_rule(result, model.aggregate) if model and model.aggregate != "mean" else result
+
+
+def with_findings(other: Prepared, own: Prepared, label_map: str) -> Prepared:
+    """Returns `other` with the findings of `own`, unknown if `other` lacks them, for a run on several findings.
+
+    Raises ValueError if only one of the two has several findings, for a label map, or if they have none in common.
+    """
+    labels, shared = other.columns["label"], [name for name in own.classes if name in other.classes]
+    if labels.ndim != own.columns["label"].ndim:
+        several = own if own.columns["label"].ndim == 2 else other
+        raise ValueError(
+            f"{other.name} can't test a run on {own.name}: only {several.name} has several findings per image"
+        )
+    if label_map or not shared:
+        advice = "findings are matched by name; rename the columns in labels.csv to those of the run"
+        raise ValueError(f"{advice}: {', '.join(own.classes)} (--label_map is for one class per image)")
+    columns = [
+        labels[:, other.classes.index(name)] if name in shared else -np.ones_like(labels[:, 0]) for name in own.classes
+    ]
+    return replace(other, classes=own.classes, columns=other.columns | {"label": np.stack(columns, axis=1)})
 
 
 def read_map(text: str, other_classes: Sequence[str], run_classes: Sequence[str]) -> LabelMap:
@@ -193,7 +227,8 @@ def select(other: Prepared, mapping: LabelMap, split: str) -> Prepared:
     """Returns the other data set with the mapped images of `split` for testing. Raises ValueError if there are none."""
     splits = other.columns["split"]
     in_split = splits != "" if split == "all" else splits == split
-    in_test = in_split & (np.asarray(mapping.labels)[other.columns["label"]] >= 0)
+    labels = other.columns["label"]
+    in_test = in_split & (labels.max(axis=1) >= 0 if labels.ndim == 2 else np.asarray(mapping.labels)[labels] >= 0)
     if not in_test.any():
         allowed = ", ".join(TESTABLE_SPLITS)
         raise ValueError(f"{other.name}: no image to test in split {split}; --split is one of {allowed}")
@@ -201,7 +236,7 @@ def select(other: Prepared, mapping: LabelMap, split: str) -> Prepared:
 
 
 def map_predictions(
-    predicted: Predictions, mapping: LabelMap, labels: np.ndarray, temperature: float = 1.0
+    predicted: Predictions, mapping: LabelMap, labels: np.ndarray, temperature: Any = 1.0
 ) -> Predictions:
     """Converts predictions over the classes of a run to calibrated predictions over the tested classes.
 
@@ -226,7 +261,7 @@ def map_predictions(
     )
 
 
-def map_val(val: Predictions, mapping: LabelMap, name: str, temperature: float = 1.0) -> Predictions:
+def map_val(val: Predictions, mapping: LabelMap, name: str, temperature: Any = 1.0) -> Predictions:
     """Maps predictions on the run's val split; drops other classes, and prefixes patients with the data set's name."""
     indices = {i: k for k, members in enumerate(mapping.members) for i in members}
     own = replace(mapping, labels=tuple(indices.get(i, -1) for i in range(len(val.classes))))

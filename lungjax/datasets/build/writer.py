@@ -221,7 +221,8 @@ def _sizes(
     for example in examples:
         if not example.file.isprintable():
             raise ValueError(f"{_place(example)}the file name {example.file!r} is not plain UTF-8 text: rename it")
-        size = GENERATED_BYTES
+        pixels = getattr(example.image, "args", ("",))[0]  # of an image in memory
+        size = pixels.nbytes if isinstance(pixels, np.ndarray) else GENERATED_BYTES
         if isinstance(example.image, str):
             try:
                 least = 1 if _stored_unmodified(example, options) else GENERATED_BYTES
