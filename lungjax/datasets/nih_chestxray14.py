@@ -38,7 +38,7 @@ ABOUT = About(
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the X-rays in `source`. Raises ValueError for missing files, an unlisted image or an unknown finding."""
     table = files.find(source, TABLES, "table of findings")
-    split_of = {}
+    split_of: dict[str, str] = {}
     for split, name in LISTS.items():
         split_of |= {line: split for _, line in files.read_lines(files.find(source, (name,), "list of images"))}
     folders = sorted(path for path in source.glob("images*") if path.is_dir())
