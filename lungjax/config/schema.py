@@ -19,14 +19,15 @@ PROTOCOLS = ("clean", "study")
 # Allowed values of fields, by path.
 CHOICES = {
     "data.protocol": PROTOCOLS, "input.crop": CROPS, "input.interpolation": INTERPOLATIONS, "input.channels": (1, 3),
-    "data.sampling": ("natural", "balanced"), "augment.fill": ("constant", "edge", "reflect"),
+    "data.sampling": ("natural", "balanced"), "data.uncertain": ("ignore", "zero", "one"),
+    "augment.fill": ("constant", "edge", "reflect"),
     "model.dtype": ("float32", "bfloat16"), "model.padding": ("valid", "same", "symmetric"),
     "model.gray": ("repeat", "fold", "slice"),
     # With "class_map", the classifier comes before the pool.
     "model.head.pool": ("avg", "max", "flatten", "avg2x2_flatten", "class_map"),
     "model.head.norm_before_pool": ("none", "batch", "layer", "group"),
     "model.head.norm_after_pool": ("none", "batch", "layer", "group"),
-    "model.head.activation": ("relu", "hard_swish"), "model.head.output": ("softmax", "sigmoid"),
+    "model.head.activation": ("relu", "hard_swish"), "model.head.output": ("softmax", "sigmoid", "multilabel"),
     "optim.name": ("adam", "adamw", "sgd", "rmsprop"), "optim.schedule": ("constant", "cosine", "linear", "step"),
     "optim.frozen_batch_norm": ("with_layer", "update", "frozen"),
     "train.on_nan": ("stop", "skip", "rewind"), "train.keep": ("best", "last"), "eval.tta": ("none", "flip"),
@@ -70,6 +71,9 @@ class DataConfig:
     # One of PROTOCOLS: splits by patient without near duplicates across splits, or the splits of the study.
     protocol: str = "clean"
     sampling: str = "natural"  # one of CHOICES; "balanced" samples all classes equally often
+    # One of CHOICES, for unknown or uncertain findings of training images: no loss ("ignore"), absent or present, the
+    # policies U-Ignore, U-Zeros and U-Ones of CheXpert (arXiv 1901.07031). In tests they never count.
+    uncertain: str = "ignore"
     # Cross-validation: images are split by patient into `folds` parts; part `fold` is test, the next one val.
     folds: int = 0  # 0 uses the splits of the data set
     fold: int = 0  # 0 to folds - 1
@@ -125,7 +129,9 @@ class HeadConfig:
     activation: str | None = None  # one of CHOICES, after each hidden layer
     hidden_dropout: float | None = None  # after each hidden layer, 0..1
     dropout: float | None = None  # right after the pool (and its norm), 0..1
-    output: str | None = None  # one of CHOICES; "sigmoid" is one logit for two classes
+    # One of CHOICES; "sigmoid" is one logit for two classes, "multilabel" one for each finding, the default for data
+    # sets with several findings per image.
+    output: str | None = None
     positive_class: str = ""  # with sigmoid: the class whose probability the logit gives
     zero_init: bool | None = None  # start the last kernel at zero
 

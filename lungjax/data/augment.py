@@ -280,12 +280,12 @@ def mix(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Mixes each image with the previous one in the batch by mixup (arXiv:1710.09412) or cutmix (arXiv:1905.04899).
 
-    Takes float32 images [B, H, W, C], int32 labels [B] and uint32 places [B]. Returns the images, the labels of their
-    partners [B], and float32 share [B], for loss = share * loss(labels) + (1 - share) * loss(partner labels). If both
-    methods are enabled, one of them is drawn for the batch.
+    Takes float32 images [B, H, W, C], int32 labels [B] or [B, C], and uint32 places [B]. Returns the images, the labels
+    of their partners, and float32 share [B], for loss = share * loss(labels) + (1 - share) * loss(partner labels). If
+    both methods are enabled, one of them is drawn for the batch.
     """
     if not (config.mixup or config.cutmix):
-        return images, labels, jnp.ones(labels.shape, jnp.float32)
+        return images, labels, jnp.ones(len(labels), jnp.float32)
     height, width = images.shape[1:3]
     keys = jax.vmap(lambda place: jax.random.fold_in(jax.random.fold_in(key, place), _MIX))(places)
     both = bool(config.mixup and config.cutmix)
@@ -308,4 +308,4 @@ def mix(
         own = jnp.where(use_cutmix, 1 - (rows[:, :, None] & columns[:, None, :]), own)
     partners = jnp.roll(images, 1, axis=0)  # sends one image to the next device; a shuffle would send all
     mixed = partners + own[..., None] * (images - partners)
-    return mixed, jnp.roll(labels, 1), share
+    return mixed, jnp.roll(labels, 1, axis=0), share

@@ -12,6 +12,7 @@ from scipy.sparse.csgraph import connected_components
 
 from lungjax.config import Config, nearest
 from lungjax.data import splits
+from lungjax.data.labels import UNKNOWN, indicators
 from lungjax.data.prepared import Prepared
 
 MIN_FOLDS = 3  # one for test, one for val, one for train
@@ -24,7 +25,7 @@ def apply(data: Prepared, config: Config) -> Prepared:
     Folds divide the images of the clean protocol by patient; patients linked by near duplicates count as one. Fold
     `data.fold` is test, the next one val, the rest train. For `data.test_source`, see `leave_out`. With
     `train.fraction`, only that fraction of the train patients of each class remains; smaller fractions are subsets of
-    larger ones. Name and fingerprint are unchanged.
+    larger ones. `data.uncertain` sets unknown findings of the train split. Name and fingerprint are unchanged.
     Raises ValueError for folds with the study protocol, and if a fold, or train without the source, would lack a class.
     """
     if config.data.folds:
@@ -36,6 +37,14 @@ def apply(data: Prepared, config: Config) -> Prepared:
         data = replace(data, columns=data.columns | {"split": split})
     if config.data.test_source:
         data = replace(data, columns=data.columns | {"split": leave_out(data, config.data.test_source)})
+    if config.data.uncertain != "ignore":
+        if data.columns["label"].ndim == 1:
+            raise ValueError(
+                f"data.uncertain={config.data.uncertain}: {data.name} has one class per image, always known"
+            )
+        label, rows = data.columns["label"].copy(), data.rows("train")
+        label[rows] = np.where(label[rows] == UNKNOWN, int(config.data.uncertain == "one"), label[rows])
+        data = replace(data, columns=data.columns | {"label": label})
     return data if config.train.fraction == 1 else _take_fraction(data, config.train.fraction)
 
 
@@ -47,7 +56,8 @@ def deal(data: Prepared, count: int) -> np.ndarray:
     """
     rows = np.flatnonzero(data.columns["split"] != "")
     labels, groups = data.columns["label"][rows], linked_groups(data, rows)
-    patients, name = min((len(np.unique(groups[labels == i])), name) for i, name in enumerate(data.classes))
+    of_class = indicators(labels, len(data.classes)) == 1
+    patients, name = min((len(np.unique(groups[of_class[:, i]])), name) for i, name in enumerate(data.classes))
     if patients < count:
         limit = f"at most {patients} folds" if patients >= MIN_FOLDS else "more patients"
         raise ValueError(f"data.folds={count}: {name} has {patients} patients in {data.name}; use {limit}")
@@ -84,7 +94,8 @@ def leave_out(data: Prepared, source: str) -> np.ndarray:
     test, groups = data.columns["source"][rows] == source, linked_groups(data, rows)
     rest = ~np.isin(groups, groups[test])
     labels, groups = data.columns["label"][rows][rest], groups[rest]
-    missing = [c for i, c in enumerate(data.classes) if not (labels == i).any()]
+    images = indicators(labels, len(data.classes)).sum(axis=0)
+    missing = [name for name, count in zip(data.classes, images, strict=True) if not count]
     if missing:
         remedy = "join sources, or leave out only others, each with --set=data.test_source=NAME"
         raise ValueError(f"{name}: no other source of {data.name} has images of {missing[0]} to train on; {remedy}")
@@ -102,7 +113,7 @@ def _divide(labels: np.ndarray, groups: np.ndarray, classes: int, shares: Mappin
     parts = splits.make_splits(labels.tolist(), groups.tolist(), shares)
     members, first, group = np.unique(groups, return_index=True, return_inverse=True)
     images = np.zeros((len(members), classes), np.int64)
-    np.add.at(images, (group, labels), 1)
+    np.add.at(images, group, indicators(labels, classes))
     place = _fill_parts(np.asarray([int(parts[row]) for row in first]), images, len(shares))
     return None if place is None else place[group]
 
@@ -152,7 +163,7 @@ def _take_fraction(data: Prepared, fraction: float) -> Prepared:
         return data
     names, group = np.unique(data.columns["group"][rows], return_inverse=True)
     counts = np.zeros((len(names), len(data.classes)))
-    np.add.at(counts, (group, data.columns["label"][rows]), 1)
+    np.add.at(counts, group, indicators(data.columns["label"][rows], len(data.classes)))
     order = sorted(range(len(names)), key=lambda i: splits.hash_order(f"fraction/{names[i]}"))
     # The first group of each class is in every fraction, so it comes before the others.
     core = {next(i for i in order if counts[i, label]) for label in np.flatnonzero(counts.any(axis=0))}

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from lungjax.data import duplicates
 from lungjax.data.imaging import images
+from lungjax.data.labels import codes
 from lungjax.data.prepared import Prepared
 from lungjax.data.splits import SPLITS
 
@@ -32,7 +33,7 @@ def clean(
     names = np.asarray(splits, np.str_)
     rank = np.select([names == split for split in SPLITS], range(len(SPLITS)), -1)  # train 0, test 2, none -1
     count, initial = len(rank), rank.copy()
-    group, same, label = _codes(groups), _codes(pixels), np.asarray(labels)
+    group, same, label = _codes(groups), _codes(pixels), codes(np.asarray(labels))
     removed = dict[str, int]()
 
     def remove(rows: np.ndarray, reason: str) -> None:

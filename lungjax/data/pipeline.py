@@ -16,6 +16,7 @@ import numpy as np
 from lungjax.config import Config, InputSpec
 from lungjax.data.batching import pad_batch
 from lungjax.data.imaging import images
+from lungjax.data.labels import indicators
 from lungjax.data.prepared import BODY_SIDE, Prepared
 from lungjax.runtime import environment
 
@@ -77,7 +78,7 @@ def train_rows(data: Prepared) -> np.ndarray:
     if not len(rows):
         use = f"it can only test a run, with --mode=evaluate --workdir=RUN --dataset={data.name}"
         raise ValueError(f"{data.name} has no train split, so nothing can be trained on it; {use}")
-    counts = np.bincount(data.columns["label"][rows], minlength=len(data.classes))
+    counts = indicators(data.columns["label"][rows], len(data.classes)).sum(axis=0)
     missing = [name for name, n in zip(data.classes, counts, strict=True) if n == 0]
     if missing:
         names = ", ".join(missing)
@@ -91,6 +92,8 @@ def order(data: Prepared, config: Config) -> grain.MapDataset:
     if config.data.sampling == "natural":
         return _shuffle(rows, seed)
     labels = data.columns["label"][rows]
+    if labels.ndim == 2:
+        raise ValueError(f"data.sampling=balanced: {data.name} has several findings per image; use natural")
     streams = [_shuffle(rows[labels == label], seed + label) for label in range(len(data.classes))]
     return grain.MapDataset.mix(streams, weights=[1.0] * len(streams))
 
@@ -120,8 +123,9 @@ def train_batches(
 ) -> grain.DatasetIterator:
     """Yields this host's part of each global batch endlessly, starting with number `start`.
 
-    A batch contains the stacked results of `Reader.example`, `label` int32 [b], and `place` uint32 [b], the position in
-    the global sequence, which seeds the augmentation. Raises ValueError if augment.exterior is set without body masks.
+    A batch contains the stacked results of `Reader.example`, `label` int32 [b] or [b, C], and `place` uint32 [b], the
+    position in the global sequence, which seeds the augmentation. Raises ValueError if augment.exterior is set without
+    body masks.
     """
     if (share := config.augment.exterior) and not data.body:
         raise ValueError(f"augment.exterior={share}: {data.name} has no body masks; only CT data sets have them")

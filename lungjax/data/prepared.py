@@ -45,9 +45,9 @@ class Prepared:
 
     name: str  # such as "covidx_ct/3a"
     classes: tuple[str, ...]  # display names in label order
-    # Arrays of length N in record order. `label` is an index of `classes`; `width` and `height` are in pixels, as is
-    # `box` [N, 4]: xmin, ymin, xmax, ymax, max exclusive; `mean` and `std` are of pixel / 255; `found` is False if a
-    # stage found no body or lung.
+    # Arrays of length N in record order. `label` is an index of `classes`, or of findings [N, C], see `labels`; `width`
+    # and `height` are in pixels, as is `box` [N, 4]: xmin, ymin, xmax, ymax, max exclusive; `mean` and `std` are of
+    # pixel / 255; `found` is False if a stage found no body or lung.
     columns: dict[str, np.ndarray]
     records: Any  # records[i]["image"] is the encoded image; len(records) == N
     window: tuple[float, float] | None  # 16-bit pixel values that become 0 and 255; None if all are 8-bit
@@ -111,8 +111,10 @@ def load(directory: Path, name: str, protocol: str = "clean") -> Prepared:
         near, rows = columns.pop("near"), len(columns["label"])
         if {len(columns[key]) for key in [*COLUMNS, *columns]} != {rows}:
             raise ValueError("its columns have different lengths")
-        if columns["label"].min() < 0 or columns["label"].max() >= len(classes):
-            raise ValueError(f"its labels exceed the {len(classes)} classes of {INFO}")
+        label = columns["label"]
+        valid = range(-1, 2) if label.shape[1:] == (len(classes),) else range(len(classes))
+        if label.shape[1:] not in ((), (len(classes),)) or not np.isin(label, valid).all():
+            raise ValueError(f"its labels do not match the {len(classes)} classes of {INFO}")
     with damage(directory):
         records = open_records(directory)
         if len(records) != rows:

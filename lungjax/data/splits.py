@@ -2,8 +2,11 @@
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
+
+from lungjax.data.labels import indicators
 
 SPLITS = ("train", "val", "test")
 SHARES = {"train": 0.70, "val": 0.15, "test": 0.15}
@@ -32,7 +35,7 @@ def hash_order(text: str) -> bytes:
 
 
 def make_splits(
-    labels: Sequence[int], groups: Sequence[str], shares: Mapping[str, float] = SHARES, seed: int = 0
+    labels: Sequence[Any], groups: Sequence[str], shares: Mapping[str, float] = SHARES, seed: int = 0
 ) -> list[str]:
     """Returns the split of each example, drawn by group and stratified by class.
 
@@ -40,9 +43,9 @@ def make_splits(
     split that keeps the counts per class closest to `shares`, which sum to one. The order of examples has no effect.
     """
     names, member = np.unique(np.asarray(groups, dtype=np.str_), return_inverse=True)
-    counts = np.zeros((len(names), int(max(labels)) + 1))
-    np.add.at(counts, (member, np.asarray(labels)), 1)
-    counts = np.column_stack([counts, counts.sum(axis=1)])  # the total breaks ties
+    of_class = indicators(np.asarray(labels), int(np.max(labels)) + 1)
+    counts = np.zeros((len(names), of_class.shape[1] + 1))  # the last column, the number of images, breaks ties
+    np.add.at(counts, member, np.column_stack([of_class, np.ones(len(of_class))]))
     remaining = np.array(list(shares.values()))[:, None] * counts.sum(axis=0)  # [splits, classes + 1]
     scale = 1 / np.maximum(remaining, 1e-9)
     order = sorted(range(len(names)), key=lambda i: (-counts[i, -1], hash_order(f"{seed}/{names[i]}")))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from lungjax.data.labels import codes, indicators
 from lungjax.data.prepared import Prepared
 
 MAX_CATEGORIES = 10  # of a kept column; more numbers are cut into thirds
@@ -16,8 +17,8 @@ def count_values(values: np.ndarray, labels: np.ndarray, classes: int) -> tuple[
     """Returns the distinct `values` [N] or [N, K], most frequent first, and their images per class, int64 [V, C]."""
     names, member = np.unique(values, axis=0, return_inverse=True)
     counts = np.zeros((len(names), classes), np.int64)
-    np.add.at(counts, (member.ravel(), labels), 1)
-    order = np.argsort(-counts.sum(axis=1), kind="stable")
+    np.add.at(counts, member.ravel(), indicators(labels, classes))
+    order = np.argsort(-np.bincount(member.ravel(), minlength=len(names)), kind="stable")
     return names[order], counts[order]
 
 
@@ -78,7 +79,10 @@ def guess(keys: np.ndarray, labels: np.ndarray, train: np.ndarray, test: np.ndar
 
 
 def shortcuts(data: Prepared) -> dict[str, float | None]:
-    """Returns the mean recall of a `guess` from source, image size and mean intensity, each alone."""
+    """Returns the mean recall of a `guess` from source, image size and mean intensity, each alone.
+
+    Several findings are guessed separately, and their mean is returned.
+    """
     columns, train, test = data.columns, data.rows("train"), data.rows("test")
     size = np.column_stack([columns["width"], columns["height"]])
     steps = np.quantile(columns["mean"][train], np.linspace(0.05, 0.95, 19)) if len(train) else np.zeros(1)
@@ -87,7 +91,14 @@ def shortcuts(data: Prepared) -> dict[str, float | None]:
         "width and height": np.unique(size, axis=0, return_inverse=True)[1].ravel(),
         "the mean gray level, in 20 steps": np.searchsorted(steps, columns["mean"]),
     }
-    return {what: guess(k, columns["label"], train, test, len(data.classes)) for what, k in keys.items()}
+    labels, classes = columns["label"], len(data.classes)
+    problems = [(labels, classes)] if labels.ndim == 1 else [(finding, 2) for finding in labels.T]
+    result: dict[str, float | None] = {}
+    for what, key in keys.items():
+        guesses = [guess(key, y, train[y[train] >= 0], test[y[test] >= 0], c) for y, c in problems]
+        known = [score for score in guesses if score is not None]
+        result[what] = float(np.mean(known)) if known else None
+    return result
 
 
 def spread(rows: np.ndarray, data: Prepared, count: int, rng: np.random.Generator) -> list[int]:
@@ -118,8 +129,9 @@ def copies(data: Prepared) -> np.ndarray:
 
 def worst_first(pairs: np.ndarray, data: Prepared) -> tuple[np.ndarray, int, int]:
     """Returns the pairs, int64 [P, 2], worst first, and the numbers of pairs across splits and across labels."""
+    columns = data.columns | {"label": codes(data.columns["label"])}
     differ = {
-        key: data.columns[key][pairs[:, 0]] != data.columns[key][pairs[:, 1]]
+        key: columns[key][pairs[:, 0]] != columns[key][pairs[:, 1]]
         for key in ("label", "split_study", "split", "group")
     }
     split = cells(data)[pairs]

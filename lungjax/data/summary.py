@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lungjax.config.schema import parse_json
-from lungjax.data import leakage, prepared, statistics
+from lungjax.data import labels, leakage, prepared, statistics
 from lungjax.data.prepared import Prepared
 from lungjax.data.splits import SPLITS
 from lungjax.data.statistics import MAX_CATEGORIES
@@ -36,7 +36,10 @@ def summarize(
     width, height = columns["width"], columns["height"]
     sizes, of_size = _count(data, np.column_stack([width, height]))
     sources, of_source = _count(data, columns["source"])
-    of_group, of_picture = (_count(data, columns[key])[1] for key in ("group", "pixels"))
+    kinds, unknown = labels.codes(columns["label"]), (columns["label"] == labels.UNKNOWN).sum(axis=0)
+    of_group, of_picture = (
+        statistics.count_values(columns[key], kinds, kinds.max() + 1)[1] for key in ("group", "pixels")
+    )
     copies = of_picture[of_picture.sum(axis=1) > 1]
     protocols = {name: replace(data, protocol=name) for name in ("clean", *(["study"] if info["study"] else []))}
     leaks = {name: leakage.leaks(view) for name, view in protocols.items()}
@@ -46,6 +49,8 @@ def summarize(
         "unit": "slice" if data.body or data.volumes else "image",  # in reports
         "images": len(width),
         "classes": list(classes),
+        # Images with an unknown label by finding; {} if each image has one class.
+        "unknown": dict(zip(classes, unknown.tolist(), strict=True)) if unknown.ndim else {},
         "group_name": group_name,
         "groups": len(of_group),
         "study": info["study"],
@@ -83,20 +88,20 @@ def summarize(
     return result
 
 
-def _count(data: Prepared, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return statistics.count_values(values, data.columns["label"], len(data.classes))
+def _count(data: Prepared, values: np.ndarray, rows: Any = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    return statistics.count_values(values[rows], data.columns["label"][rows], len(data.classes))
 
 
-def split_counts(data: Prepared) -> dict[str, dict[str, dict[str, int]]]:
-    """Returns {split: {"images": {class: count}, "groups": {class: count}}} of the splits that are not empty."""
+def split_counts(data: Prepared) -> dict[str, dict[str, Any]]:
+    """Returns {split: {"images": {class: count}, "groups": {class: count}, "all": images}} of the nonempty splits."""
     result = {}
     for split in SPLITS:
         rows = data.rows(split)
-        labels, groups = data.columns["label"][rows], data.columns["group"][rows]
         if len(rows):
-            counts = statistics.count_values(groups, labels, len(data.classes))[1]
+            counts = _count(data, data.columns["group"], rows)[1]
             parts = {"images": counts.sum(axis=0), "groups": np.count_nonzero(counts, axis=0)}
-            result[split] = {key: dict(zip(data.classes, part.tolist(), strict=True)) for key, part in parts.items()}
+            by_class = {key: dict(zip(data.classes, part.tolist(), strict=True)) for key, part in parts.items()}
+            result[split] = by_class | {"all": len(rows)}
     return result
 
 
@@ -151,7 +156,8 @@ def _worst_pairs(data: Prepared) -> list[str]:
     lines = []
     for at in np.sort(first)[:MAX_NAMES]:
         one, other = (
-            f"{columns['file'][row]} ({cells[row]}, {data.classes[columns['label'][row]]})" for row in pairs[at]
+            f"{columns['file'][row]} ({cells[row]}, {labels.text(columns['label'][row], data.classes)})"
+            for row in pairs[at]
         )
         lines.append(f"{one} {'=' if exact[at] else '~'} {other}")
     return lines
@@ -183,7 +189,7 @@ def _warnings(result: dict[str, Any]) -> Iterator[str]:
     if max(width, height) < MIN_SIDE and not result["size"]:
         size = f"a median of {width} x {height} pixels"
         yield f"small images, {size}: use the originals, or an input.size below 224 x 224"
-    for name in result["classes"] if len(result["sources"]) > 1 else ():
+    for name in result["classes"] if len(result["sources"]) > 1 and not result["unknown"] else ():
         single = [source or "(none)" for source, counts in result["sources"].items() if list(counts) == [name]]
         names = f"{', '.join(single[:MAX_NAMES])}{', ...' if len(single) > MAX_NAMES else ''}"
         if single:
@@ -192,7 +198,7 @@ def _warnings(result: dict[str, Any]) -> Iterator[str]:
 
 def markdown(result: dict[str, Any]) -> str:
     """Returns a summary as Markdown with aligned tables."""
-    name, classes = result["group_name"], result["classes"]
+    name, classes, unknown = result["group_name"], result["classes"], result["unknown"]
     with_groups = result["groups"] < result["images"]
     groups = f", {result['groups']:,} {name}" if with_groups else ""
     lines = [f"# {result['name']}", "", f"{result['images']:,} images{groups}", ""]
@@ -202,7 +208,7 @@ def markdown(result: dict[str, Any]) -> str:
     for protocol, splits in result["protocols"].items():
         head = ["split", *classes, "images", *(f"{c} {name}" for c in classes if with_groups)]
         rows = [
-            [split, *n["images"].values(), sum(n["images"].values()), *(n["groups"].values() if with_groups else ())]
+            [split, *n["images"].values(), n["all"], *(n["groups"].values() if with_groups else ())]
             for split, n in splits.items()
         ]
         title = "protocol=clean, the default" if protocol == "clean" else f"protocol=study: {result['study']}"
@@ -226,7 +232,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"- Near duplicates in different {name}: {twins['near_pairs']} pairs",
         *(f"  - {pair}" for pair in twins["pairs"]),
         f"- protocol=clean removes {twins['left_out']:,} of {result['images']:,} images",
-        f"- {name.capitalize()} with images of several classes: {result['groups_with_several_labels']}",
+        f"- {name.capitalize()} with images of several {'labels' if result['unknown'] else 'classes'}: "
+        f"{result['groups_with_several_labels']}",
+        *([f"- Unknown labels: {', '.join(f'{k} {n:,}' for k, n in unknown.items())}"] if unknown else ()),
         f"- Images without a detected body or lung: {len(result['unstaged'])}{without and ': ' + without}",
         f"- Skipped images: {len(result['skipped'])}",
         *(f"  - {line}" for line in result["skipped"][:MAX_NAMES]),

@@ -60,7 +60,7 @@ DATASETS: dict[str, Dataset] = {
     "covid_ct": Dataset("default", ("default",)),
     "covidx_ct": Dataset("3a", ("1", "2a", "2b", "3a", "3b")),
     "folder": Dataset("default", (), modality=""),
-    "phantom_ct": Dataset("default", ("default", "tiny"), synthetic=True),
+    "phantom_ct": Dataset("default", ("default", "tiny", "findings"), synthetic=True),
 }
 
 

@@ -3,11 +3,12 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lungjax.config import nearest
 from lungjax.data import prepared
 from lungjax.data.csv_table import read_table
 from lungjax.data.folder_walk import check_regular, list_files
@@ -20,13 +21,14 @@ from lungjax.datasets.listing import About, Example, Listing, complete_splits
 
 BOX = ("xmin", "ymin", "xmax", "ymax")
 COLUMNS = ("path", "label", "split", "group", "source", *BOX)  # of labels.csv; others are kept unmodified
+FINDING = {"1": "1", "1.0": "1", "0": "0", "0.0": "0", "-1": "-1", "-1.0": "-1", "": "-1"}  # values in labels.csv
 SPLIT_NAMES = {
     "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
     "testing": "test",
 }  # fmt: skip
 LAYOUTS = (
-    "a file labels.csv (path,label[,split,group,source]), or folders {train,val,test}/{class}/..., or "
-    f"{{class}}/... with images ({', '.join(images.SUFFIXES)}), DICOM or NIfTI files"
+    "a file labels.csv (path,label[,split,group,source], or a column per finding instead of label), or folders "
+    f"{{train,val,test}}/{{class}}/..., or {{class}}/... with images ({', '.join(images.SUFFIXES)}), DICOM or NIfTI"
 )
 MIN_PATIENTS = 3  # fewer subfolders of class folders are more likely "images" and "masks" than patients
 
@@ -35,7 +37,9 @@ ABOUT = About(
     origin="your own images, or any data set in one of the layouts below",
     layout="""One of three:
   labels.csv with the columns path and label (paths relative to the file), and optionally split (train, val, test),
-    group (patient), source (hospital or scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive)
+    group (patient), source (hospital or scanner), and xmin, ymin, xmax, ymax (a box in pixels, max exclusive). For
+    several findings per image, a column per finding instead of label: 1 is present, 0 absent, and -1 or nothing
+    unknown. They are all other columns with such values, or those that --classes names.
   {train,val,test}/{class}/... (a missing val or test is cut from train; without train, an external test set)
   {class}/... (splits are made by group, 70/15/15)
 Images are PNG, JPEG, TIFF, BMP, GIF (first frame), WebP or JPEG 2000 files, either 8-bit gray or color, or unsigned
@@ -63,13 +67,19 @@ study, except that the head is up.""",
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
     """Lists the images of the folder `source` and those cut from its volumes; see ABOUT.
 
-    Classes are in the order of `options.classes`, or sorted (numerically if all are numbers). Raises ValueError for an
-    unknown layout, a malformed line, an unknown split or class, and a path that a pattern does not match. Errors of
-    DICOM and NIfTI files are raised when an example is read, see `folder_volumes.expand`.
+    Classes are in the order of `options.classes`, or sorted (numerically if all are numbers); findings are in that
+    order, or in that of their columns. Raises ValueError for an unknown layout, a malformed line, an unknown split or
+    class, and a path that a pattern does not match. Errors of DICOM and NIfTI files are raised when an example is read,
+    see `folder_volumes.expand`.
     """
     table = source / "labels.csv"
     by_folder = not options.group_pattern
-    rows, extra, notes, warnings = _from_csv(table) if table.is_file() else _from_folders(source, by_folder)
+    findings: tuple[str, ...] = ()
+    if table.is_file():
+        rows, findings, extra, warnings = _from_csv(table, options.classes)
+        notes = [f"several findings per image: {', '.join(findings)}"] if findings else []
+    else:
+        rows, extra, notes, warnings = _from_folders(source, by_folder)
     if not rows:
         raise ValueError(f"{source}: no image found{''.join(f' ({text})' for text in warnings)}; expected {LAYOUTS}")
     rows = _search(rows, "group", options.group_pattern)
@@ -80,11 +90,11 @@ def listing(source: Path, config: str, options: PrepareOptions) -> Listing:
             f"{ungrouped:,} of {len(rows):,} images have no group and count as separate patients. If some show one "
             "patient, scores are too high: give a column group, folders {class}/{patient}/... or --group_pattern"
         )
-    classes = _classes([row.label for row in rows], options.classes)
+    classes = findings or _classes([row.label for row in rows], options.classes)
     cases = Counter(name.casefold() for name in classes)
     if alike := [name for name in classes if cases[name.casefold()] > 1]:
         warnings.append(f"classes that differ only in case: {', '.join(alike)}")
-    labels = [classes.index(row.label) for row in rows]
+    labels = [tuple(map(int, row.label.split(","))) if findings else classes.index(row.label) for row in rows]
     listed = [
         Example(r.file, r.image, label, r.split, r.group or r.file, r.source, r.box, r.extra, r.where, r.split)
         for r, label in zip(rows, labels, strict=True)
@@ -194,16 +204,19 @@ def _from_folders(source: Path, by_folder: bool) -> tuple[list[Row], tuple[str, 
     return rows, (), notes, warnings
 
 
-def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[str]]:
-    """Returns the rows, the names of extra columns, an empty list of notes, and warnings about unlisted files."""
-    columns, lines = read_table(table, ("path", "label"))
-    extra = tuple(name for name in columns if name not in COLUMNS)
+def _from_csv(table: Path, classes: tuple[str, ...]) -> tuple[list[Row], tuple[str, ...], tuple[str, ...], list[str]]:
+    """Returns the rows, the findings (if any), the names of extra columns, and warnings about unlisted files."""
+    columns, lines = read_table(table, ("path",))
+    findings = _findings(table.name, columns, lines, classes) if "label" not in columns else ()
+    if not findings and "label" not in columns:
+        read_table(table, ("path", "label"))  # raises ValueError
+    extra = tuple(name for name in columns if name not in (*COLUMNS, *findings))
     _check_columns(columns, extra, f"{table.name} line 1")
     rows: list[Row] = []
     for where, values in lines:
         path, split = values["path"].replace("\\", "/"), values.get("split", "")
         for name in ("path", "label"):
-            if not values[name]:
+            if not values.get(name, "-"):
                 raise ValueError(f"{where}: {name} is empty")
         if split and split.lower() not in SPLIT_NAMES:
             allowed = ", ".join(prepared.SPLITS)
@@ -211,7 +224,7 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[
         row = Row(
             file=path,
             image=str(table.parent / path),
-            label=values["label"],
+            label=",".join(FINDING[values[name]] for name in findings) or values["label"],
             split=SPLIT_NAMES.get(split.lower(), ""),
             group=values.get("group", ""),
             source=values.get("source", ""),
@@ -239,7 +252,29 @@ def _from_csv(table: Path) -> tuple[list[Row], tuple[str, ...], list[str], list[
     if unlisted := [path for path, kind in kinds.items() if kind]:
         example = printable(os.path.basename(unlisted[0]))
         warnings.append(f"skipped {len(unlisted):,} images that are not in {table.name}, such as {example}")
-    return rows, extra, [], warnings
+    return rows, findings, extra, warnings
+
+
+def _findings(
+    where: str, columns: Sequence[str], lines: Sequence[tuple[str, Mapping[str, str]]], names: tuple[str, ...]
+) -> tuple[str, ...]:
+    """Returns the columns of findings: `names`, or without them all columns of which each value is in FINDING.
+
+    Raises ValueError for an unknown name or value, and for a single finding.
+    """
+    for name in names:
+        if name not in columns:
+            raise ValueError(f"{where} line 1: no column of the finding {name} (--classes); {nearest(name, columns)}")
+        for place, values in lines:
+            if values[name] not in FINDING:
+                raise ValueError(f"{place}: {name} is {values[name]!r}; expected 1, 0, or -1 or nothing if unknown")
+    others = {name: {values[name] for _, values in lines} for name in columns if name not in COLUMNS}
+    names = names or tuple(name for name, values in others.items() if {""} != values <= {*FINDING})
+    if len(names) == 1:
+        raise ValueError(
+            f"{where} line 1: only one finding, {names[0]}; give a column label with its two classes instead"
+        )
+    return names
 
 
 def _check_columns(columns: Sequence[str], extra: Sequence[str], where: str) -> None:

@@ -1,13 +1,12 @@
 """Types that describe a data set before its images are read. TFDS is not imported, as it would delay help texts."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
-from lungjax.data import splits
+from lungjax.data import labels, splits
 from lungjax.data.safe_text import check_printable
 
 
@@ -21,7 +20,7 @@ class Example:
 
     file: str  # name in reports; unique in the data set
     image: str | Callable[[], bytes]  # a path, or a picklable function that returns an encoded image
-    label: int
+    label: Any  # the index of a class; or a tuple, for each finding 1 (present), 0 (absent) or -1 (unknown)
     split: str  # train, val or test; "" excludes the image from the clean protocol
     group: str  # patient, or another unit that must be in a single split
     source: str = ""  # origin of the image, for scores per source
@@ -36,7 +35,7 @@ class Example:
 class Listing:
     """A data set before any image is read. Raises ValueError for a file listed twice and for control characters."""
 
-    classes: tuple[str, ...]  # in label order
+    classes: tuple[str, ...]  # in label order, or the findings
     examples: Sequence[Example]
     extra: tuple[str, ...] = ()  # names of extra columns
     notes: tuple[str, ...] = ()  # remarks for the summary
@@ -46,6 +45,11 @@ class Listing:
     volumes: Mapping[str, Any] | None = None  # how CT volumes were cut: hu_windows, plane, position, orientation
     warnings: tuple[str, ...] = ()  # for the summary
     modality: str = ""  # "ct", "xray", or "" if unknown or mixed
+
+    @property
+    def findings(self) -> bool:
+        """Returns whether an image may have several of the classes."""
+        return any(isinstance(example.label, tuple) for example in self.examples)
 
     def __post_init__(self) -> None:
         """Checks that no file is listed twice, and the names."""
@@ -111,14 +115,11 @@ def compare_counts(
 
     If all agree, returns a line that says so. `expected` maps a split, or "all", to published counts in label order.
     """
-    counts: Counter[tuple[str, int]] = Counter()
-    for example in examples:
-        counts["all", example.label] += 1
-        for split, times in splits.parse_study(example.study).items():
-            counts[split, example.label] += times
+    shown = labels.indicators(np.asarray([example.label for example in examples]), len(classes))
+    times = [{"all": 1} | splits.parse_study(example.study) for example in examples]
     lines = []
     for split, published in expected.items():
-        actual = tuple(counts[split, label] for label in range(len(classes)))
+        actual = tuple((np.asarray([n.get(split, 0) for n in times]) @ shown).tolist())
         if actual != tuple(published):
             ours, theirs = (" / ".join(f"{count:,}" for count in column) for column in (actual, published))
             where = "the data set" if split == "all" else split

@@ -18,12 +18,17 @@ TOP_FRACTION = 0.25
 
 
 def aggregate(
-    probabilities: np.ndarray, classes: tuple[str, ...], how: str = "mean", member: np.ndarray | None = None
+    probabilities: np.ndarray,
+    classes: tuple[str, ...],
+    how: str = "mean",
+    member: np.ndarray | None = None,
+    exclusive: bool = True,
 ) -> np.ndarray:
     """Returns the probabilities of each patient, float64 [P, C], given those of the images [N, C].
 
     `member`, int [N], is the patient of each image, 0 to P - 1; None is one patient. Labels that join classes, such as
-    "COV+CAP", are given if one of the classes is.
+    "COV+CAP", are given if one of the classes is. The probabilities of findings are not `exclusive`: each remains as
+    the rule gives it.
     """
     p = np.asarray(probabilities, np.float64)
     member = np.zeros(len(p), np.int64) if member is None else member
@@ -47,6 +52,8 @@ def aggregate(
             rank[order, i] = np.arange(len(p)) - (np.cumsum(counts) - counts)[member[order]]
         scores = total(np.where(rank < k[member][:, None], p, 0.0)) / k[:, None]
     given = np.asarray([not names or bool({name, *name.split("+")} & {*names}) for name in classes])
+    if not exclusive:
+        return np.where(given, scores, means)
     chosen, others = np.where(given, scores, 0.0), np.where(given, 0.0, means)
     sums = chosen.sum(axis=1, keepdims=True)  # at least 1 if the others have none, since no score is below the mean
     remainder = np.maximum(1 - sums, 0) / np.maximum(others.sum(axis=1, keepdims=True), np.finfo(np.float64).tiny)

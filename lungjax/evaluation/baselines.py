@@ -27,9 +27,16 @@ def source_only(data: Prepared, split: str = "test") -> Predictions | None:
     in_train = np.isin(sources[rows], sources[named])
     if len(np.unique(sources[named])) < 2 or not in_train.any():
         return None
-    overall = np.bincount(labels[train], minlength=classes) / len(train)
-    frequencies = statistics.frequencies(sources, labels, named, rows, classes)
-    probabilities = np.where(in_train[:, None], frequencies, overall)
+
+    def guess(labels: np.ndarray, classes: int) -> np.ndarray:
+        known, use = (part[labels[part] >= 0] for part in (named, train))
+        overall = np.bincount(labels[use], minlength=classes) / max(len(use), 1)
+        return np.where(in_train[:, None], statistics.frequencies(sources, labels, known, rows, classes), overall)
+
+    if labels.ndim == 1:
+        probabilities = guess(labels, classes)
+    else:
+        probabilities = np.stack([guess(column, 2)[:, 1] for column in labels.T], axis=1)
     ids, groups = data.columns["file"][rows], data.columns["group"][rows]
     return Predictions(ids, groups, sources[rows], labels[rows], probabilities, data.classes)
 

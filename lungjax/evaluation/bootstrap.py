@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from scipy import sparse, special
 
+from lungjax.data import labels
 from lungjax.evaluation import metrics
-from lungjax.evaluation.predictions import Predictions, take
+from lungjax.evaluation.predictions import Predictions, finding, take
 
 UNITS = ("slice", "patient")
 MIN_PATIENTS = 5  # of a class and of the others, for the interval of an area under a curve
@@ -128,12 +129,14 @@ def align(a: Predictions, b: Predictions) -> Predictions:
     rows = np.empty(len(a), np.int64)
     rows[order_a] = order_b
     b = take(b, rows)
-    names = np.asarray(a.classes)
-    for what, one, other in (("labels", names[a.labels], names[b.labels]), ("patients", a.groups, b.groups)):
-        differ = np.flatnonzero(one != other)
+    if a.multilabel != b.multilabel:
+        raise ValueError("only one of the two has several findings per image")
+    for what, one, other in (("labels", a.labels, b.labels), ("patients", a.groups, b.groups)):
+        differ = np.flatnonzero((one != other).any(axis=tuple(range(1, one.ndim))))
         if len(differ):
             i = differ[0]
-            values = f"{a.ids[i]}: {str(one[i])!r} and {str(other[i])!r}"
+            texts = [labels.text(x[i], a.classes) if what == "labels" else str(x[i]) for x in (one, other)]
+            values = f"{a.ids[i]}: {texts[0]!r} and {texts[1]!r}"
             raise ValueError(f"different {what} for {len(differ)} of {len(a)} examples, such as {values}")
     return b
 
@@ -222,7 +225,13 @@ def _evaluate(
 
 def _denominators(p: Predictions, member: np.ndarray) -> dict[str, int]:
     """Returns the number of patients in the denominator of each proportion; `member` [N] is each example's patient."""
-    result = dict.fromkeys(("accuracy", "study.accuracy_rounded"), int(member.max()) + 1)
+    result: dict[str, int] = {}
+    if p.multilabel:
+        for i, name in enumerate(p.classes):
+            known = _denominators(finding(p, i), member[p.labels[:, i] >= 0])
+            result |= {key: n for key, n in known.items() if key.startswith(f"per_class.{name}.")}
+        return result
+    result = dict.fromkeys(("accuracy", "study.accuracy_rounded"), int(member.max(initial=-1)) + 1)
     for i, name in enumerate(p.classes):
         true, called = p.labels == i, p.predicted == i
         rates = {"recall": true, "specificity": ~true, "precision": called, "npv": ~called}
@@ -232,6 +241,10 @@ def _denominators(p: Predictions, member: np.ndarray) -> dict[str, int]:
 
 def _sampler(p: Predictions, member: np.ndarray, patients: int) -> Callable[[np.ndarray], metrics.Level]:
     """Returns a function from counts [patients, draws] to metrics [draws]; `member` [N] is each example's patient."""
+    if p.multilabel:
+        known = [np.flatnonzero(column >= 0) for column in p.labels.T]
+        samplers = [_sampler(finding(p, i), member[rows], patients) for i, rows in enumerate(known)]
+        return lambda counts: metrics.over_findings([sampler(counts) for sampler in samplers], p.classes)
     totals = {  # sparse [size, patients]: each patient's contribution to a sum
         name: (_sparse(part.places, member[part.rows], (math.prod(part.shape), patients), part.values), part.shape)
         for name, part in metrics.addends(p).items()

@@ -3,7 +3,8 @@
 Temperature scaling (Guo et al., arXiv 1706.04599) divides all logits by a temperature T, fitted on the validation
 split. T above 1 makes probabilities less extreme. The predicted class of an example does not change; thresholds and,
 with more than two classes, the AUC of a class do. Reports, predictions_SPLIT.csv, `predict`, the service and the
-exports all use the probabilities softmax(logits / T).
+exports all use the probabilities softmax(logits / T). Each finding of images with several has a temperature of its own,
+and the probability sigmoid(logit / T).
 
 The slope and the intercept of each class are those of the logistic regression of "is of the class" on the log odds of
 its probability (Cox, Biometrika 45:562, 1958). Perfect calibration has slope 1 and intercept 0; a slope below 1 means
@@ -11,25 +12,31 @@ probabilities that are too extreme. With two classes, both have the same slope, 
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from scipy import optimize, sparse, special
 
 from lungjax.evaluation import bootstrap, metrics
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation.predictions import Predictions, binary
 
+Temperature = float | tuple[float, ...]  # the latter with one value per finding
 BOUNDS = (0.05, 20.0)  # of the temperature; without misclassified examples the optimum is zero
 SCORES = ("ece", "brier", "loss")
 POINTS = 500  # of a logistic regression in a bootstrap
 
 
-def fit_temperature(predictions: Predictions) -> float:
+def fit_temperature(predictions: Predictions) -> Temperature:
     """Returns the temperature, within BOUNDS, that minimizes the mean cross-entropy of the predictions.
 
-    Without logits, log probabilities are used. Raises ValueError if there are no examples or probabilities are invalid.
+    Of findings, returns one for each, 1 if no label is known. Without logits, log probabilities are used. Raises
+    ValueError if there are no examples or probabilities are invalid.
     """
     p = predictions
+    if p.multilabel:
+        each = [own for own, _ in binary(p).values()]
+        return tuple(float(np.max(fit_temperature(own))) if len(own) else 1.0 for own in each)
     if not len(p):
         raise ValueError("no examples to fit a temperature to")
     logits, rows = _logits(p), np.arange(len(p))
@@ -44,13 +51,15 @@ def fit_temperature(predictions: Predictions) -> float:
     return float(np.exp(minimum.x)) if minimum.fun <= min(ends) else ends[min(ends)]
 
 
-def apply_temperature(predictions: Predictions, temperature: float) -> Predictions:
+def apply_temperature(predictions: Predictions, temperature: Temperature) -> Predictions:
     """Returns predictions with softmax(logits / temperature), float32 as in `inference`; 1 is uncalibrated.
 
-    The logits remain unscaled. Raises ValueError for invalid probabilities.
+    Of findings, these are sigmoid(logits / temperature). The logits remain unscaled. Raises ValueError for invalid
+    probabilities.
     """
-    logits = _logits(predictions) / temperature
-    probabilities = special.softmax(logits, axis=1) if len(logits) else logits
+    logits = _logits(predictions) / np.asarray(temperature)
+    softmax = special.expit if predictions.multilabel else partial(special.softmax, axis=1)
+    probabilities = softmax(logits) if len(logits) else logits
     return replace(predictions, probabilities=probabilities.astype(np.float32))
 
 
@@ -58,13 +67,16 @@ def bins(predictions: Predictions) -> list[dict[str, Any]]:
     """Returns the `metrics.BINS` bins of a reliability diagram, of equal width over the highest probability.
 
     Each is {low, high, n, confidence, accuracy}: the edges (the upper one is included), the number of examples, their
-    mean highest probability and their accuracy. The last two are None in an empty bin.
+    mean highest probability and their accuracy; of findings, every known label is an example. The last two are None in
+    an empty bin.
     """
     p = predictions
-    top = np.asarray(p.probabilities, dtype=np.float64).max(axis=1, initial=0)
+    parts = [own for own, _ in binary(p).values()] if p.multilabel else [p]
+    top = np.concatenate([np.asarray(own.probabilities, np.float64).max(axis=1, initial=0) for own in parts])
+    right = np.concatenate([own.predicted == own.labels for own in parts])
     place = metrics.confidence_bins(top)
     count = metrics.BINS
-    sums = [np.bincount(place, x, count) for x in (np.ones(len(p)), top, p.predicted == p.labels)]
+    sums = [np.bincount(place, x, count) for x in (np.ones(len(top)), top, right)]
     result: list[dict[str, Any]] = []
     for i, (n, *totals) in enumerate(zip(*sums, strict=True)):
         confidence, accuracy = (float(total / n) if n else None for total in totals)
@@ -81,6 +93,8 @@ def recalibration(predictions: Predictions, draws: int = 2000) -> dict[str, dict
     `bootstrap.MIN_PATIENTS` have the class, and as many do not. In its draws, more than POINTS examples are grouped by
     rank, with the mean log odds of the group.
     """
+    if predictions.multilabel:
+        return {name: recalibration(own, draws)[name] for name, (own, _) in binary(predictions).items()}
     p = np.maximum(np.asarray(predictions.probabilities, np.float64), np.finfo(np.float32).tiny)
     keys, member = np.unique(metrics.patient_keys(predictions), return_inverse=True)
     size = min(POINTS, len(p))
@@ -112,7 +126,7 @@ def recalibration(predictions: Predictions, draws: int = 2000) -> dict[str, dict
     return result
 
 
-def summary(test: Predictions, temperature: float | None, draws: int = 2000) -> dict[str, Any]:
+def summary(test: Predictions, temperature: Temperature | None, draws: int = 2000) -> dict[str, Any]:
     """Returns `calibration` of the report for calibrated predictions with logits; README.md lists the keys.
 
     `temperature` is that of `test`, None if the folds have their own. Raises ValueError for invalid probabilities.
@@ -142,8 +156,9 @@ def _logistic(x: np.ndarray, hits: np.ndarray, n: np.ndarray, start: np.ndarray,
 
 
 def _logits(p: Predictions) -> np.ndarray:
-    """Returns the logits, float64 [N, C], or the log probabilities if they are unknown."""
+    """Returns the logits, float64 [N, C], or the log probabilities (of findings, log odds) if they are unknown."""
     metrics.check_probabilities(p)
     if p.logits is not None:
         return np.asarray(p.logits, dtype=np.float64)
-    return np.log(np.maximum(np.asarray(p.probabilities, dtype=np.float64), np.finfo(np.float32).tiny))
+    scores = np.clip(np.asarray(p.probabilities, dtype=np.float64), np.finfo(np.float32).tiny, 1.0)
+    return special.logit(np.minimum(scores, 1 - np.finfo(np.float32).epsneg)) if p.multilabel else np.log(scores)

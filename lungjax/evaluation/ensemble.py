@@ -14,14 +14,19 @@ from lungjax.evaluation.predictions import Predictions
 def mean(members: Sequence[Predictions]) -> Predictions:
     """Returns the mean of the calibrated probabilities, in the order of the first member.
 
-    Its logits are the logarithms of the mean uncalibrated probabilities. Raises ValueError if the examples, their
-    labels or patients are not the same.
+    Its logits are the logarithms (of findings, the log odds) of the mean uncalibrated probabilities. Raises ValueError
+    if the examples, their labels or patients are not the same.
     """
     first, logits = members[0], None
     members = [bootstrap.align(first, p) for p in members]
     if all(p.logits is not None for p in members):
-        plain = np.mean([special.softmax(p.logits, axis=1) for p in members], axis=0)
-        logits = np.log(np.maximum(plain, np.finfo(np.float32).tiny))
+        tiny = np.finfo(np.float32).tiny
+        if first.multilabel:
+            plain = np.mean([special.expit(p.logits) for p in members], axis=0)
+            logits = special.logit(np.clip(plain, tiny, 1 - np.finfo(np.float32).epsneg))
+        else:
+            plain = np.mean([special.softmax(p.logits, axis=1) for p in members], axis=0)
+            logits = np.log(np.maximum(plain, tiny))
     return replace(first, probabilities=np.mean([p.probabilities for p in members], axis=0), logits=logits)
 
 

@@ -20,6 +20,10 @@ example-class pairs into one two-class problem. `balanced_accuracy` is the mean 
 
 `study` has the metrics of the reproduced studies, without calibration; see `lungjax.evaluation.study_metrics`.
 
+With several findings per image, every metric is the mean over the findings of the metric of "finding or not" among the
+images with a known label; precision, recall, specificity, npv, f1, AUC and average precision are those of the finding.
+There are no `_weighted`, `_micro` and `study` metrics.
+
 An undefined metric is None: the recall of a class without examples, the precision of a class never predicted, an AUC or
 average precision without positives or negatives. Means are over the classes with a defined metric, or None if there
 are no such classes. These are scikit-learn's definitions with `zero_division=nan`. A class that is predicted but has no
@@ -34,15 +38,17 @@ import numpy as np
 
 from lungjax.data import statistics
 from lungjax.evaluation import aggregation, study_metrics
-from lungjax.evaluation.predictions import Predictions, take
+from lungjax.evaluation.predictions import Predictions, finding, take
 from lungjax.evaluation.study_metrics import ratio
 
 Level = dict[str, Any]
 
 # Per class, in the report's order; each gets a mean over classes with _macro after its name.
 PER_CLASS = ("precision", "recall", "specificity", "npv", "f1", "auc", "average_precision")
+OVERALL = ("loss", "ece", "brier", "accuracy", "balanced_accuracy")  # not per class
 WEIGHTED = ("precision", "recall", "f1", "auc", "average_precision")
 BINS = 15  # of the expected calibration error
+MIXED = 2  # a finding that differs between the images of a patient
 OWN_COLUMNS = ("aggregate", "fold")  # of `Predictions.extra`
 
 
@@ -63,6 +69,12 @@ def summarize(predictions: Predictions) -> Level:
     """
     p = predictions
     check_probabilities(p)
+    if p.multilabel:
+        levels = [summarize(finding(p, i)) for i in range(len(p.classes))]
+        level = _to_python(over_findings([_to_arrays(level) for level in levels], p.classes))
+        for own, (name, values) in zip(levels, level["per_class"].items(), strict=True):
+            values |= {"n": own["per_class"][name]["n"], "known": own["n"]}
+        return {"n": len(p), **level}
     scores, c = np.asarray(p.probabilities, dtype=np.float64), len(p.classes)
     is_class = p.labels[:, None] == np.arange(c)  # [N, C]
     sums = {  # float64, also without examples
@@ -145,13 +157,22 @@ def metrics_from_sums(sums: Mapping[str, Any], areas: Mapping[str, Any], classes
     return level
 
 
+def over_findings(levels: Sequence[Level], names: Sequence[str]) -> Level:
+    """Returns the level of findings, given those of the problems "finding or not"; NaN where undefined."""
+    per_class = {name: level["per_class"][name] for name, level in zip(names, levels, strict=True)}
+    for name, level in zip(names, levels, strict=True):
+        per_class[name] = {k: per_class[name][k] for k in PER_CLASS} | {k: level[k] for k in OVERALL}
+    means = {k: _mean(np.stack([values[k] for values in per_class.values()], axis=-1)) for k in (*OVERALL, *PER_CLASS)}
+    return {k: means[k] for k in OVERALL} | {f"{k}_macro": means[k] for k in PER_CLASS} | {"per_class": per_class}
+
+
 def numbers(level: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns a level's metrics by dotted name, such as "per_class.COV.recall", without counts and `intervals`."""
     flat: dict[str, Any] = {}
     for name, value in level.items():
         if isinstance(value, Mapping):
             flat |= numbers(value, f"{prefix}{name}.") if prefix or name != "intervals" else {}
-        elif name not in ("n", "confusion", "mixed_groups"):
+        elif name not in ("n", "known", "confusion", "mixed_groups"):
             flat[prefix + name] = value
     return flat
 
@@ -200,6 +221,7 @@ def flat_levels(predictions: Predictions) -> dict[str, float | None]:
 def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
     """Returns one prediction per group, and the number of groups excluded because of mixed labels.
 
+    A finding that is present in some images of a group and absent in others is unknown, and the group remains.
     Probabilities are those of `aggregation`, by the rule in the column "aggregate" of the group's first example, or
     means. Ids and groups are the group's name, or the id of an example without a group; the source is "several" if it
     differs. Rows are sorted by name, without extra columns. Raises ValueError for invalid probabilities.
@@ -212,24 +234,36 @@ def by_patient(predictions: Predictions) -> tuple[Predictions, int]:
     def varies(values: np.ndarray) -> np.ndarray:
         return np.bincount(member, weights=values != values[first][member], minlength=n) > 0
 
+    def of_patients(finding: np.ndarray) -> np.ndarray:
+        present, absent = (np.bincount(member, weights=finding == value, minlength=n) > 0 for value in (1, 0))
+        return np.where(present == absent, np.where(present, MIXED, -1), present)
+
     rules = p.extra.get("aggregate", np.full(len(p), "mean"))[first]
     probabilities = np.empty((n, len(p.classes)))
     for rule in np.unique(rules):  # the folds of a cross-validation may have several
         which = np.flatnonzero(rules == rule)
         rows = np.isin(member, which)
         own = np.searchsorted(which, member[rows])
-        probabilities[which] = aggregation.aggregate(p.probabilities[rows], p.classes, str(rule), own)
-    uniform = ~varies(p.labels)
+        args = p.probabilities[rows], p.classes, str(rule), own
+        probabilities[which] = aggregation.aggregate(*args, exclusive=not p.multilabel)
+    labels = p.labels[first]
+    if p.multilabel:
+        labels = np.stack([of_patients(column) for column in p.labels.T], axis=1)
+        mixed, uniform = (labels == MIXED).any(axis=1), np.ones(n, bool)
+        labels = np.where(labels == MIXED, -1, labels)
+    else:
+        mixed = varies(p.labels)
+        uniform = ~mixed
     names = np.where(p.groups == "", p.ids, p.groups)[first][uniform]
     patients = Predictions(
         ids=names,
         groups=names,
         sources=np.where(varies(p.sources), "several", p.sources[first])[uniform],
-        labels=p.labels[first][uniform],
+        labels=labels[uniform],
         probabilities=probabilities[uniform],
         classes=p.classes,
     )
-    return patients, int((~uniform).sum())
+    return patients, int(mixed.sum())
 
 
 def patient_keys(predictions: Predictions) -> np.ndarray:
@@ -245,7 +279,7 @@ def check_probabilities(predictions: Predictions) -> None:
     for what, bad in (
         ("are NaN or infinite", ~np.isfinite(p).all(axis=1)),
         ("are outside 0..1", ((p < -1e-6) | (p > 1 + 1e-6)).any(axis=1)),
-        ("don't sum to 1", np.abs(p.sum(axis=1) - 1) > 1e-3),
+        ("don't sum to 1", (np.abs(p.sum(axis=1) - 1) > 1e-3) & (not predictions.multilabel)),
     ):
         if bad.any():
             ids = predictions.ids[bad]
@@ -288,6 +322,13 @@ def _mean(values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
     defined = ~np.isnan(values)
     weights = np.where(defined, 1.0 if weights is None else weights, 0.0)
     return ratio((np.where(defined, values, 0.0) * weights).sum(axis=-1), weights.sum(axis=-1))
+
+
+def _to_arrays(value: Any) -> Any:
+    """Returns the inverse of `_to_python` for the metrics of a level."""
+    if isinstance(value, Mapping):
+        return {name: _to_arrays(inner) for name, inner in value.items()}
+    return np.asarray(np.nan if value is None else value, np.float64)
 
 
 def _to_python(value: Any) -> Any:

@@ -1,7 +1,8 @@
 """Operating points: thresholds of class probabilities, their metrics, and decision curves.
 
-Each class is decided against the rest: an example is positive if the class's probability is at least the threshold.
-Probabilities are calibrated. Thresholds are chosen on the validation split and evaluated on the test split. Rules:
+Each class or finding is decided on its own: an example is positive if the class's probability is at least the
+threshold. Probabilities are calibrated. Thresholds are chosen on the validation split and evaluated on the test split.
+Rules:
 
     youden             highest sensitivity + specificity (Youden, Cancer 3:32, 1950); the highest threshold if tied
     sensitivity_0.95   the highest threshold whose sensitivity on val is at least 0.95 (or another value)
@@ -16,15 +17,19 @@ from typing import Any
 import numpy as np
 
 from lungjax.config import EvalConfig, schema
+from lungjax.data.labels import indicators
 from lungjax.evaluation import bootstrap, metrics
-from lungjax.evaluation.predictions import Predictions, with_rule
+from lungjax.evaluation.predictions import Predictions, binary, with_rule
 
 COUNTS = ("tp", "fp", "fn", "tn")
 Points = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]  # LEVEL.CLASS.RULE, each with a threshold
 
 
 def choose(predictions: Predictions, class_index: int, rule: str) -> float:
-    """Returns the threshold that `rule` chooses on the val split; some but not all examples must be of the class."""
+    """Returns the threshold that `rule` chooses on the val split; some but not all examples must be of the class.
+
+    `predictions` and `class_index` are those of `predictions.binary`.
+    """
     from sklearn.metrics import roc_curve  # here: it takes two seconds to import
 
     positive, scores = predictions.labels == class_index, _scores(predictions, class_index)
@@ -48,9 +53,10 @@ def metrics_at_thresholds(
     if not thresholds:
         return []
     p, limits = predictions, np.asarray([threshold for _, threshold in thresholds])[:, None]
-    positive = p.labels == np.asarray([i for i, _ in thresholds])[:, None]  # [K, N]
+    labels = p.labels if p.multilabel else indicators(p.labels, len(p.classes))
+    positive, negative = (np.stack([labels[:, i] == value for i, _ in thresholds]) for value in (1, 0))  # [K, N]
     called = np.stack([_scores(p, i) for i, _ in thresholds]) >= limits
-    cells = np.stack([positive & called, ~positive & called, positive & ~called, ~positive & ~called])  # as COUNTS
+    cells = np.stack([positive & called, negative & called, positive & ~called, negative & ~called])  # as COUNTS
     keys, member = np.unique(metrics.patient_keys(p), return_inverse=True)
     of_patient = np.stack([np.bincount(member, weights=row, minlength=len(keys)) for row in cells.reshape(-1, len(p))])
     blocks = bootstrap.resample_patients(len(keys), draws if len(keys) > 1 else 0, 256)
@@ -91,8 +97,8 @@ def choose_all(val: Predictions, test: Predictions, options: EvalConfig) -> Poin
         levels["patient"] = metrics.by_patient(val)[0]
     return {
         level: {
-            name: {} if _one_sided(p, i) else {rule: {"threshold": choose(p, i, rule)} for rule in rules}
-            for i, name in enumerate(p.classes)
+            name: {} if _one_sided(own, i) else {rule: {"threshold": choose(own, i, rule)} for rule in rules}
+            for name, (own, i) in binary(p).items()
         }
         for level, p in levels.items()
     }
@@ -125,7 +131,7 @@ def choose_aggregate(val: Predictions, options: EvalConfig) -> tuple[str, dict[s
 
 def missing_rules(val: Predictions) -> list[str]:
     """Returns one sentence per class without an operating point."""
-    reasons = {name: _one_sided(val, i) for i, name in enumerate(val.classes)}
+    reasons = {name: _one_sided(own, i) for name, (own, i) in binary(val).items()}
     return [f"No operating point for {name}: {reason}." for name, reason in reasons.items() if reason]
 
 

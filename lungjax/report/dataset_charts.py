@@ -71,8 +71,11 @@ def source_bars(counts: Mapping[str, Sequence[int]], classes: Sequence[str], pat
     style.save(figure, path)
 
 
-def size_bubbles(sizes: np.ndarray, labels: np.ndarray, classes: Sequence[str], path: Path) -> None:
-    """Draws a bubble per image size and class; its area is the share of the class. `sizes` [N, 2]: (width, height)."""
+def size_bubbles(sizes: np.ndarray, of_class: np.ndarray, classes: Sequence[str], path: Path) -> None:
+    """Draws a bubble per image size and class; its area is the share of the class.
+
+    `sizes`, [N, 2], are (width, height), `of_class`, [N, C], the `labels.indicators` of the images.
+    """
     columns = min(len(classes), 4)
     rows = math.ceil(len(classes) / columns)
     max_width, max_height = sizes.max(axis=0).tolist()
@@ -84,7 +87,7 @@ def size_bubbles(sizes: np.ndarray, labels: np.ndarray, classes: Sequence[str], 
         if i >= len(classes):
             axis.set_visible(False)
             continue
-        pairs, count = np.unique(sizes[labels == i], axis=0, return_counts=True)
+        pairs, count = np.unique(sizes[of_class[:, i] == 1], axis=0, return_counts=True)
         look: dict[str, Any] = {"color": style.COLORS[i % len(style.COLORS)], "edgecolor": style.INK, "linewidth": 0.4}
         axis.axline((0, 0), slope=1, color=style.MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         axis.scatter(*pairs.T, 8 + 900 * count / max(count.sum(), 1), alpha=0.5, **look)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from lungjax import datasets
 from lungjax.config import AugmentConfig, InputSpec
-from lungjax.data import augment, prepared, statistics
+from lungjax.data import augment, labels, prepared, statistics
 from lungjax.data import summary as summaries
 from lungjax.data.imaging import images, lung_masks, study_masks
 from lungjax.data.pipeline import Reader
@@ -100,9 +100,9 @@ class View:
 
 def samples(view: View, count: int) -> dict[str, Figure]:
     """Draws up to `count` images of each class; returns the figures by class."""
-    figures = {}
+    figures, of_class = {}, labels.indicators(view.data.columns["label"], len(view.data.classes))
     for label, name in enumerate(view.data.classes):
-        rows = statistics.spread(np.flatnonzero(view.data.columns["label"] == label), view.data, count, view.rng)
+        rows = statistics.spread(np.flatnonzero(of_class[:, label]), view.data, count, view.rng)
         if rows:
             tiles = [Tile(view.picture(row), view.origin(row)) for row in rows]
             figures[name] = view.sheet(f"samples_{label}.png", f"{len(rows)} images of {name}.", tiles, rows)
@@ -190,5 +190,5 @@ def _pairs(view: View, title: str, what: str, pairs: np.ndarray) -> dict[str, An
 def _labels(view: View, row: int) -> tuple[str, ...]:
     clean, study = (view.text(key, row) or "excluded" for key in ("split", "split_study"))
     splits = f"clean: {clean}, study: {study}" if view.summary["study"] else f"split: {clean}"
-    label = view.data.classes[view.data.columns["label"][row]]
+    label = labels.text(view.data.columns["label"][row], view.data.classes)
     return view.text("file", row), f"label: {label}", splits, f"group: {view.text('group', row)}"

@@ -13,6 +13,7 @@ from lungjax import datasets
 from lungjax.config import PROTOCOLS, AugmentConfig, InputSpec, presets
 from lungjax.data import statistics
 from lungjax.data.imaging import images
+from lungjax.data.labels import indicators
 from lungjax.data.prepared import Prepared
 from lungjax.report import context, dataset_charts, dataset_images
 from lungjax.report.dataset_images import View
@@ -99,7 +100,13 @@ def _protocol(view: View, protocol: str) -> dict[str, Any]:
     path = f"classes_{protocol}.png"
     dataset_charts.split_bars(counts, classes, view.out / path)
     rows = [
-        [split, *n["images"], sum(n["images"]), *n[groups], len(np.unique(data.columns["group"][data.rows(split)]))]
+        [
+            split,
+            *n["images"],
+            numbers[split]["all"],
+            *n[groups],
+            len(np.unique(data.columns["group"][data.rows(split)])),
+        ]
         for split, n in counts.items()
     ]
     return {
@@ -112,8 +119,9 @@ def _protocol(view: View, protocol: str) -> dict[str, Any]:
 
 def _imbalance(data: Prepared) -> dict[str, Any] | None:
     """Returns the imbalance of the train split and class weights; None without a train split."""
-    train = np.bincount(data.columns["label"][data.rows("train")], minlength=len(data.classes))
-    if not train.any():
+    labels = data.columns["label"][data.rows("train")]
+    train = indicators(labels, len(data.classes)).sum(axis=0)
+    if not train.any() or labels.ndim == 2:  # each finding has a weight per label
         return None
     weights = [f"{train.sum() / (len(train) * n):.3f}" if n else "-" for n in train]
     return {
@@ -138,7 +146,7 @@ def _sources(view: View) -> dict[str, Any] | None:
             f"Every image of source {name} is {classes[int(np.argmax(row))]} ({sum(row):,} images): recognizing the "
             "source is enough to predict the class."
             for name, row in largest.items()
-            if np.count_nonzero(row) == 1
+            if np.count_nonzero(row) == 1 and columns["label"].ndim == 1
         ],
         "figure": Figure("sources.png", f"Classes within each source; the bars should look alike.{more}"),
     }
@@ -148,7 +156,8 @@ def _shortcuts(data: Prepared) -> Table | None:
     scores = statistics.shortcuts(data)
     if None in scores.values():
         return None
-    rows = [*scores.items(), ("nothing (chance)", 1 / len(data.classes))]
+    chance = 1 / len(data.classes) if data.columns["label"].ndim == 1 else 1 / 2
+    rows = [*scores.items(), ("nothing (chance)", chance)]
     return Table(["predicted from", "mean recall"], [[name, f"{score:.3f}"] for name, score in rows])
 
 
@@ -164,7 +173,8 @@ def _sizes(view: View) -> dict[str, Any]:
     ]
     figure = None
     if len(sizes) > 1:
-        dataset_charts.size_bubbles(pairs, columns["label"], classes, view.out / "sizes.png")
+        of_class = indicators(columns["label"], len(classes))
+        dataset_charts.size_bubbles(pairs, of_class, classes, view.out / "sizes.png")
         caption = "The area of a bubble is the share of the class with that size. The panels should look alike."
         figure = Figure("sizes.png", caption)
     return {"figure": figure, "count": len(sizes), "common": Table(["width x height", *classes], rows)}
@@ -172,8 +182,8 @@ def _sizes(view: View) -> dict[str, Any]:
 
 def _gray_levels(view: View) -> dict[str, Any]:
     """Returns the gray-level histograms by class and by source, and a table of color images by class."""
-    labels, sources, classes = view.data.columns["label"], view.data.columns["source"], view.data.classes
-    by_class = [np.flatnonzero(labels == label) for label in range(len(classes))]
+    sources, classes = view.data.columns["source"], view.data.classes
+    by_class = [np.flatnonzero(column) for column in indicators(view.data.columns["label"], len(classes)).T]
     samples = [np.sort(view.rng.permutation(rows)[: MAX_HISTOGRAMS // len(classes)]) for rows in by_class]
     rows = np.concatenate(samples)
     # The sample is balanced by class, so the mean over a source weights each image by its class.
@@ -182,14 +192,14 @@ def _gray_levels(view: View) -> dict[str, Any]:
     with ThreadPoolExecutor(min(environment.cores(), 8)) as pool:
         counts, spreads = zip(*pool.map(lambda row: _measure(view.decoded(row)), rows), strict=True)
     shares = np.stack([count / count.sum() for count in counts])
-    names = np.asarray(classes)[labels[rows]]
+    names = np.repeat(classes, [len(sample) for sample in samples])
     of_class = statistics.mean_histograms(shares, names, weights, len(classes))
     panels = {"By class": {name: of_class[name] for name in classes if name in of_class}}
     several = len(np.unique(sources[rows]))
     if several > 1:
         panels["By source"] = statistics.mean_histograms(shares, sources[rows], weights, MAX_ROWS)
     dataset_charts.histograms(panels, view.out / "gray_levels.png")
-    drawn = "all images" if len(rows) == len(labels) else f"a random {len(rows):,} of {len(labels):,} images"
+    drawn = "all images" if len(rows) == len(sources) else f"a random {len(rows):,} of {len(sources):,} images"
     more = f"; the {MAX_ROWS} largest of {several} sources" if several > MAX_ROWS else ""
     colors = [
         [name, f"{np.count_nonzero(own):,} of {len(own):,}", f"{own.mean():.2f}"]

@@ -36,7 +36,7 @@ def write_report(
     explain: Explain | None = None,
     summary: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None,
-    temperature: float | None = 1.0,
+    temperature: calibration.Temperature | None = 1.0,
     points: operating_points.Points | None = None,
 ) -> dict[str, Any]:
     """Writes predictions_SPLIT.csv, plots/*.png, report.json, .html and .md; returns the content of report.json.

@@ -17,6 +17,7 @@ from lungjax import config as configs
 from lungjax import datasets
 from lungjax.config import Config
 from lungjax.data import pipeline, prepared
+from lungjax.models.outputs import resolve as with_output
 from lungjax.report.templating import count
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime import provenance
@@ -82,12 +83,13 @@ def compile_for(config: Config, topology: str, data_dir: Path) -> str:
     """
     chips = devices(topology)
     configs.check(config)
-    config = load.resolve(config)
+    classes, labels = _classes_and_labels(config, data_dir)
+    config = with_output(load.resolve(config), labels)
     if config.train.devices:
         raise ValueError(f"train.devices={config.train.devices}: --compile_for={topology} sets it; leave it at 0")
     mesh = meshes.make_mesh(devices=chips)
-    built = program.build(config, *_classes_and_labels(config, data_dir), mesh)
-    batch = batch_shapes(config, mesh)
+    built = program.build(config, classes, labels, mesh)
+    batch = batch_shapes(config, mesh, labels.shape[1:])
     sizes = {"state": _bytes_per_chip(built.abstract_state), "batch": _bytes_per_chip(batch)}
     lowered = built.train_step.lower(built.abstract_state, batch)  # type: ignore[attr-defined]
     started = time.perf_counter()
@@ -171,11 +173,16 @@ def count_collectives(text: str) -> list[tuple[str, str]]:
     return rows or [("collectives", "none")]
 
 
-def batch_shapes(config: Config, mesh: jax.sharding.Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    config: Config, mesh: jax.sharding.Mesh, label_shape: tuple[int, ...] = ()
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes and shardings of a global batch of `pipeline.train_batches`."""
     n, spec = config.train.batch_size, config.input
     height, width = (round(side * (1 + 2 * spec.box_margin)) for side in spec.size)
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"label": ((n,), np.int32), "place": ((n,), np.uint32)}
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "label": ((n, *label_shape), np.int32),
+        "place": ((n,), np.uint32),
+    }
     shapes["image"] = ((n, height, width, spec.channels), np.uint8)
     if spec.box_margin:
         shapes["box"] = ((n, 4), np.float32)

@@ -143,13 +143,20 @@ def _factors(settings: tuple[str, ...], params: Any) -> dict[str, Any]:
 def class_weights(setting: str, labels: np.ndarray, classes: tuple[str, ...]) -> jnp.ndarray:
     """Returns the loss weights float32 [C] of `optim.class_weights`; "balanced" is n / (C * n_c), as in scikit-learn.
 
-    Raises ValueError for numbers that are malformed, negative, or not one per class.
+    For findings, `labels` [N, C], they are [2, C], of absent and present findings: "balanced" has C = 2 and the known
+    labels of each finding, and given numbers are for present findings. Raises ValueError for numbers that are
+    malformed, negative, or not one per class.
     """
+    if labels.ndim == 2:
+        if setting == "balanced":
+            return jnp.stack([class_weights(setting, y[y >= 0], ("absent", "present")) for y in labels.T], axis=1)
+        present = class_weights(setting, labels[:, 0], classes)
+        return jnp.stack([jnp.ones_like(present), present])
     if setting == "none":
         return jnp.ones(len(classes), jnp.float32)
     if setting == "balanced":
         counts = np.bincount(labels, minlength=len(classes))
-        return jnp.asarray(len(labels) / (len(classes) * counts), jnp.float32)
+        return jnp.asarray(len(labels) / (len(classes) * np.maximum(counts, 1)), jnp.float32)
     try:
         numbers = [float(t) for t in setting.split(",")]
     except ValueError:

@@ -16,7 +16,7 @@ from lungjax.data.prepared import Prepared
 from lungjax.datasets import open_dataset
 from lungjax.evaluation import metrics, predict_split
 from lungjax.evaluation.predictions import Predictions, with_rule
-from lungjax.models import trees
+from lungjax.models import outputs, trees
 from lungjax.runtime import mesh as meshes
 from lungjax.runtime.signals import Watch
 from lungjax.training import auto, optim, program
@@ -68,7 +68,7 @@ def set_up(
     """Opens the data, resolves `config` and builds the program. Raises ValueError if they do not match the workdir."""
     data = open_data(config, data_dir)
     labels = data.columns["label"][pipeline.train_rows(data)]
-    config = load.resolve(auto.resolve(config, data, workdir, weights_dir))
+    config = outputs.resolve(load.resolve(auto.resolve(config, data, workdir, weights_dir)), labels)
     workdirs.check(workdir, config, mode)
     workdirs.check_same_data(workdir, data)
     check_monitor(config, data)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from lungjax.data import augment
 from lungjax.models import outputs, trees
 from lungjax.models.inputs import normalize
 from lungjax.models.layers import BatchNorm
+from lungjax.models.ops.conv import to_float32
 from lungjax.training import non_finite, optim
 from lungjax.training.state import TrainState
 
@@ -36,8 +38,8 @@ def train_step(
     """Returns the state after one batch of `pipeline.train_batches`, and the metrics of the batch.
 
     Metrics are float32 scalars `loss`, `accuracy` and `grad_norm`, and the bool `finite`. The keyword arguments are
-    constants of the run: `apply` of the module, `class_weights` [C], the `positive` class of a sigmoid output, paths of
-    `frozen` parameters, and the mesh axis `axis_name` if called by `mesh.per_device`.
+    constants of the run: `apply` of the module, `class_weights` of `optim.class_weights`, the `positive` class of the
+    output, paths of `frozen` parameters, and the mesh axis `axis_name` if called by `mesh.per_device`.
 
     If `train.accumulate` is above one, the batch is split into micro-batches whose gradients are averaged. The result
     equals that of the full batch if BatchNorm is frozen or absent and dropout is off.
@@ -68,9 +70,10 @@ def train_step(
                 mutable=["batch_stats"],
             )
         options = {"class_weights": class_weights, "label_smoothing": config.optim.label_smoothing}
-        losses = [cross_entropy(logits, examples[k], positive=positive, **options) for k in ("label", "mixed_label")]
+        loss_of = binary_cross_entropy if positive == outputs.EACH else partial(cross_entropy, positive=positive)
+        losses = [loss_of(logits, examples[k], **options) for k in ("label", "mixed_label")]
         loss = (examples["share"] * losses[0] + (1 - examples["share"]) * losses[1]).mean()
-        accuracy = (outputs.probabilities(logits, positive).argmax(-1) == examples["label"]).mean()
+        accuracy = _accuracy(outputs.probabilities(logits, positive), examples["label"])
         return loss, (accuracy, mutated.get("batch_stats", batch_stats))
 
     # ---- 3. Gradients, averaged over micro-batches and, with `axis_name`, over devices
@@ -109,6 +112,26 @@ def cross_entropy(
     """
     targets = optax.smooth_labels(jax.nn.one_hot(labels, class_weights.shape[0]), label_smoothing)
     return optax.softmax_cross_entropy(outputs.class_logits(logits, positive), targets) * class_weights[labels]
+
+
+def binary_cross_entropy(
+    logits: jax.Array, labels: jax.Array, *, class_weights: jax.Array, label_smoothing: float
+) -> jax.Array:
+    """Returns the loss per example, float32 [B], of findings with logits [B, C] and labels [B, C] (-1 is unknown).
+
+    It is the mean over the findings of the binary cross-entropy, zero where the label is unknown, so that an example
+    counts in proportion to its known labels. `class_weights` [2, C] multiply the losses of absent and present findings.
+    """
+    targets = (labels == 1) * (1 - label_smoothing) + label_smoothing / 2
+    losses = optax.sigmoid_binary_cross_entropy(to_float32(logits), targets)
+    return (losses * jnp.where(labels == 1, class_weights[1], class_weights[0]) * (labels >= 0)).mean(axis=-1)
+
+
+def _accuracy(probabilities: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the share of correct predictions: of classes, or of known findings at a probability of one half."""
+    if labels.ndim == 1:
+        return (probabilities.argmax(-1) == labels).mean()
+    return ((probabilities > 0.5) == labels).sum() / jnp.maximum((labels >= 0).sum(), 1)
 
 
 def accumulated(grad_fn: Callable[..., Any], micro_batches: int) -> Callable[..., Any]:

@@ -26,14 +26,18 @@ class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ign
     name = "lungjax"
     VERSION = tfds.core.Version(prepared.VERSION)
 
-    def __init__(self, *, config: str, classes: Sequence[str], shards: Shards, **kwargs: Any):
-        self._classes, self._shards = list(classes), shards
+    def __init__(self, *, config: str, classes: Sequence[str], findings: bool, shards: Shards, **kwargs: Any):
+        self._classes, self._findings, self._shards = list(classes), findings, shards
         super().__init__(config=tfds.core.BuilderConfig(name=config), **kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = {
             "image": tfds.features.Image(),
-            "label": tfds.features.ClassLabel(names=self._classes),
+            "label": (
+                tfds.features.Tensor(shape=(len(self._classes),), dtype=np.int8)
+                if self._findings
+                else tfds.features.ClassLabel(names=self._classes)
+            ),
             "file": tfds.features.Text(),
             "group": tfds.features.Text(),
             "source": tfds.features.Text(),
@@ -47,13 +51,16 @@ class Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ign
         return {prepared.SLICES: self._shards}
 
 
-def write(name: str, root: Path, classes: Sequence[str], shards: Shards) -> None:
-    """Writes the shards in order below `root` as the data set `name`. Raises ValueError if the disk is full."""
+def write(name: str, root: Path, classes: Sequence[str], findings: bool, shards: Shards) -> None:
+    """Writes the shards in order below `root` as the data set `name`. Raises ValueError if the disk is full.
+
+    With `findings`, an image may have several of the `classes`.
+    """
     tfds.disable_progress_bar()  # replaced by one for the complete data set
     base, _, config = name.partition("/")
     kind: Any = type(base, (Builder,), {"name": base}, skip_registration=True)
     with prepared.quiet_tfds():
-        writer = kind(data_dir=root, config=config, classes=classes, shards=shards)
+        writer = kind(data_dir=root, config=config, classes=classes, findings=findings, shards=shards)
         try:
             writer.download_and_prepare(file_format="array_record")
         except RuntimeError as error:  # of array_record, without an errno
@@ -68,7 +75,7 @@ def record(example: Example, image: ProcessedImage) -> dict[str, Any]:
     width, height = image.width, image.height
     return {
         "image": io.BytesIO(image.data),
-        "label": example.label,
+        "label": np.asarray(example.label, np.int8) if isinstance(example.label, tuple) else example.label,
         "file": example.file,
         "group": example.group,
         "source": example.source,

@@ -175,7 +175,7 @@ def prepare(
         with progress_bar(total=len(sizes), desc=name, unit=" images", disable=quiet, dynamic_ncols=True) as bar:
             paths = (root / "thumbnails", shard_folder)
             images = _Images(listing, options, on_bad_image, on_no_lung, *paths, bar, missing)
-            tfds_builder.write(name, root, listing.classes, images.shards(sizes))
+            tfds_builder.write(name, root, listing.classes, listing.findings, images.shards(sizes))
         written = prepared.directory(root, name)
         say("Searching for duplicates ...")
         columns = images.columns()

@@ -7,6 +7,7 @@ often at the back (Chung et al. 2020, doi.org/10.1148/radiol.2020200230).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,6 +24,7 @@ MIN_VISIBLE = 0.08  # minimum lesion field of a lesion pixel
 class Lesion:
     """One lesion of a patient; it varies slightly between slices."""
 
+    lobar: bool  # the consolidation of pneumonia, not the ground glass of COVID-19
     side: int  # -1 or 1, as Lungs.side
     angle: float  # position at the chest wall: 0 lateral, pi/2 at the back
     size: float  # mm
@@ -42,6 +44,7 @@ def new_lesions(finding: str, rng: np.random.Generator) -> tuple[Lesion, ...]:
         strength = severity * rng.uniform(0.7, 1.1)
         lesions.append(
             Lesion(
+                lobar=lobar,
                 side=(first, -first)[i] if i < 2 else int(rng.choice((-1, 1))),
                 angle=rng.uniform(-0.9, 1.25) if lobar else float(np.clip(rng.normal(0.75, 0.6), -1.0, 1.3)),
                 size=(1 - 0.4 * i) * (17 + 38 * strength) if lobar else 10 + 22 * strength,
@@ -52,9 +55,7 @@ def new_lesions(finding: str, rng: np.random.Generator) -> tuple[Lesion, ...]:
     return tuple(lesions)
 
 
-def draw_lesions(
-    finding: str, lesions: tuple[Lesion, ...], c: Chest, g: Grid, lung: Lungs, rng: np.random.Generator
-) -> np.ndarray:
+def draw_lesions(lesions: Sequence[Lesion], c: Chest, g: Grid, lung: Lungs, rng: np.random.Generator) -> np.ndarray:
     """Returns the lesion field of one slice, float32 [H, W], 0 to 1; zero for Normal and outside the lungs."""
     field = np.zeros_like(g.x)
     for i, lesion in enumerate(lesions):
@@ -62,7 +63,7 @@ def draw_lesions(
             continue
         angle = float(np.clip(lesion.angle + rng.normal(0, 0.12), -1.2, 1.35))
         size = lesion.size * rng.uniform(0.75, 1.05)
-        lobar = finding == "Pneumonia"
+        lobar = lesion.lobar
         depth = size * rng.uniform(0.35, 0.7) if lobar else 0.3 * size + rng.uniform(0, 6)
         x, y, along = at_wall(c, lesion.side, angle, depth)
         near = window(g, (x, y), 1.7 * size + 14)

@@ -130,7 +130,8 @@ def draw_slice(patient: Patient, level: float) -> Phantom:
     shape, content, lesions, scan = map(np.random.default_rng, seeds)
     c, g = _chest(patient, level)
     lung = anatomy.lungs(c, g, shape)
-    field = findings.draw_lesions(patient.finding, patient.lesions, c, g, lung, lesions)
+    kinds = ([lesion for lesion in patient.lesions if lesion.lobar == lobar] for lobar in (True, False))
+    field = np.maximum(*(findings.draw_lesions(kind, c, g, lung, lesions) for kind in kinds))
     hu = np.full(patient.size, anatomy.AIR, np.float32)
     if patient.scanner.table:
         anatomy.draw_table(hu, c, g)
