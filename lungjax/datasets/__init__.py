@@ -49,6 +49,14 @@ DATASETS: dict[str, Dataset] = {
         "covid", ("covid", "findings"), axial=False, modality="xray", collection="COVID-19 image data collection"
     ),
     "coronahack": Dataset("default", ("default",), axial=False, modality="xray"),
+    "nih_chestxray14": Dataset("default", ("default",), axial=False, modality="xray", collection="NIH ChestX-ray14"),
+    "chexpert": Dataset("default", ("default", "competition"), axial=False, modality="xray", collection="CheXpert"),
+    "medmnist": Dataset(
+        "pneumonia",
+        tuple(name + size for name in ("pneumonia", "chest", "organa") for size in ("", "_64", "_128", "_224")),
+        axial=False,
+        modality="",
+    ),
     "covid_ct": Dataset("default", ("default",)),
     "covidx_ct": Dataset("3a", ("1", "2a", "2b", "3a", "3b")),
     "folder": Dataset("default", (), modality=""),

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
+from lungjax.datasets.listing import Example
 
 Key = TypeVar("Key", str, Path)
 BLOCK_SIZE = 40  # consecutive file numbers in a block: roughly the slices of one scan in these data sets
@@ -56,6 +57,18 @@ def lookup(value: str, values: Mapping[str, str], what: str, where: str) -> str:
     if value not in values:
         raise ValueError(f"{where}: unknown {what} {value!r}; expected {', '.join(values)}")
     return values[value]
+
+
+def compare_totals(examples: Sequence[Example], expected: Mapping[str, tuple[int, int]], name: str) -> list[str]:
+    """Returns one line per split of `Example.study` whose images or patients differ from the published numbers."""
+    lines = []
+    for split, published in expected.items():
+        groups = [example.group for example in examples if example.study == split]
+        actual = (len(groups), len(set(groups)))
+        if actual != published:
+            ours, theirs = (f"{images:,} images of {patients:,} patients" for images, patients in (actual, published))
+            lines.append(f"differs from the publication: {split} has {ours}; {name} has {theirs}")
+    return lines
 
 
 def block(stem: str) -> str:

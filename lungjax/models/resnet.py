@@ -5,6 +5,7 @@ convolution of a stage has its stride, and every convolution has a bias. In torc
 first 3x3 convolution has the stride, and no convolution has a bias. In Keras V2, norm and ReLU come before each
 convolution, the last block of a stage has its stride, and convolutions without a norm after them have a bias. Parameter
 shapes do not depend on strides, so weights of another architecture load without an error. Padding is always symmetric.
+The CIFAR variants, for images of about 32 pixels, are torch's with a 3x3 stem of stride 1 and without the first pool.
 """
 
 from functools import partial
@@ -92,13 +93,14 @@ class ResNet(Network):
     biased: tuple[str, ...] = ()  # names of the convolutions with a bias
     standardize: float | None = None  # epsilon of weight standardization
     group_norm: bool = False  # in place of batch norm; with preact only
+    small_stem: bool = False  # 3x3 with stride 1, without a pool; not with preact
     width: int = 64  # channels of the stem and inside the blocks of the first stage
     momentum: float = 0.9  # of batch norm: decay of the running statistics
     epsilon: float = 1e-5  # of batch or group norm
     kernel_init: Initializer = TORCH_INIT
 
     def feature_map(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Maps images [B, H, W, C] to [B, H / 32, W / 32, C'] with four stages."""
+        """Maps images [B, H, W, C] to [B, H / 32, W / 32, C'] with four stages; with a small stem, to H / 8, W / 8."""
         norm = partial(BatchNorm, momentum=self.momentum, epsilon=self.epsilon, dtype=self.dtype)
 
         def conv(name: str, features: int, size: int, stride: int) -> Conv:
@@ -113,8 +115,10 @@ class ResNet(Network):
         norm_name = "norm" if self.group_norm else "bn"
         block = partial(Block, bottleneck=self.bottleneck, norm=norm)
         block = partial(PreactBlock, norm_relu=norm_relu, norm_name=norm_name) if self.preact else block
-        x = conv("stem_conv", self.width, 7, 2)(x)  # [B, H / 2, W / 2, width]
-        if self.preact:  # no ReLU precedes the pool, so its padding is zero
+        x = conv("stem_conv", self.width, *((3, 1) if self.small_stem else (7, 2)))(x)
+        if self.small_stem:
+            x = norm_relu(x, "stem_bn", train)
+        elif self.preact:  # no ReLU precedes the pool, so its padding is zero
             x = max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), 3, 2)
         else:
             x = max_pool(norm_relu(x, "stem_bn", train), 3, 2, "SYMMETRIC")
@@ -126,6 +130,9 @@ class ResNet(Network):
                 width, name = self.width * 2 ** (number - 1), f"stage{number}_block{i}"
                 x = self.run(block(width, stride, self.stride_conv, conv=conv, name=name), x, train=train)
         return norm_relu(x, f"top_{norm_name}", train) if self.preact else x
+
+    def _stride(self) -> int:
+        return super()._stride() // (4 if self.small_stem else 1)
 
 
 R50, R101, R152 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3)
@@ -142,6 +149,8 @@ RESNET = {
     "resnet50_v15": partial(ResNet, R50),
     "resnet101_v15": partial(ResNet, R101),
     "resnet152_v15": partial(ResNet, R152),
+    "resnet18_cifar": partial(ResNet, (2, 2, 2, 2), bottleneck=False, stride_conv=1, small_stem=True),
+    "resnet50_cifar": partial(ResNet, R50, small_stem=True),
     "resnet50v2": partial(keras_v2, R50),
     "resnet101v2": partial(keras_v2, R101),
     "resnet152v2": partial(keras_v2, R152),

@@ -60,6 +60,10 @@ PARAMETERS = {
     "covidx_ct:model=resnet50,unfreeze=1": (3, RESNET + BLOCKS[2]),
     "covidx_ct:model=vgg16,unfreeze=1,protocol=study": (3, VGG),  # the last entry is a pool
     "covidx_ct:model=vgg16,unfreeze=4,protocol=study": (3, VGG + 3 * CONV),
+    # kuangliu/pytorch-cifar has 11,173,962 and 23,520,842 with three input channels and ten classes.
+    "medmnist:protocol=study": (2, 11_173_962 - 2 * 64 * 9 - 8 * 513),
+    "medmnist:model=resnet50": (11, 23_520_842 - 2 * 64 * 9 + 2049),
+    "medmnist:subset=chest,size=224": (14, 11_689_512 - 986 * 513),  # torchvision's has 1000 classes
     "covidx_ct:model=vgg16,unfreeze=2": (3, VGG + 2 * CONV),
 }
 LARGE = "v2_b[12]|convnext_(small|base)|resnet1|resnet50v2|efficientnet_b[37]|densenet201|unfreeze=[012],p|covidx_ct:p"
@@ -82,6 +86,7 @@ INPUTS = {
     "covidx_ct:protocol=study": (-2.00809, -0.46859, 1.05891),
     "covidx_ct:version=2a,protocol=study": (-1.94738, -0.40786, 1.11963),
     "covidnet_ct": (0, 128 / 255, 1),
+    "medmnist:protocol=study": (-1, 1 / 255, 1),
 }
 # The data set, the protocol, and the weights that are tested.
 DATA = {
@@ -98,6 +103,8 @@ DATA = {
     "covidnet_ct:version=2a,protocol=study": ("covidx_ct/2a", "clean", "last"),  # "study" is another study's draw
     "covidnet_ct:version=1,protocol=study": ("covidx_ct/1", "study", "last"),
     "effnetv2_covidxct:protocol=study": ("covidx_ct/3a", "study", "last"),
+    "medmnist:subset=chest,size=224,protocol=study": ("medmnist/chest", "study", "best"),
+    "medmnist:subset=organa,size=224": ("medmnist/organa_224", "clean", "best"),
 }
 ERRORS = {
     "nccid_whole_lung:protocol=studie": "did you mean study",
@@ -110,6 +117,7 @@ ERRORS = {
     "covidx_ct:unfreeze=5": "expected 0, 1, 2, 3, 4",
     "effnetv2_covidxct:version=1,protocol=study": "version=1.*2a, 3a",
     "transfusion:start=imagnet": "did you mean imagenet",
+    "medmnist:size=64": "size",
 }
 
 
@@ -134,6 +142,8 @@ def grid():
     networks = {"model": ("resnet50", "convnext_tiny"), "weights": ("none", "imagenet", "run:runs/a", "run:runs/A")}
     yield from choices("covidnet_ct", version=VERSIONS, **networks, **BOTH)
     yield from choices("effnetv2_covidxct", version=("2a", "3a"), **networks, **BOTH)
+    subsets, sizes = ("pneumonia", "chest", "organa"), (28, 224)
+    yield from choices("medmnist", subset=subsets, model=("resnet18", "resnet50"), size=sizes, **BOTH)
     starts = ("random", "imagenet", "run:runs/a", "meanvar:imagenet", "meanvar:run:runs/a")
     yield from choices("transfusion", model=("cbr_tiny", "resnet50"), start=starts, dataset=("folder", "ict/x"), **BOTH)
 
@@ -205,7 +215,7 @@ def test_unique_names():
         assert config.name.endswith("_study") == ("protocol=study" in choice)
         if not choice.startswith(("covidnet_ct", "transfusion")):  # the first has mixed precision, the other any data
             assert config.model.dtype == ("float32" if "protocol=study" in choice else None)
-    assert len(names) == 2 + 520 + 26 + 17 + 200 + 80 + 80 + 32 + 40
+    assert len(names) == 2 + 520 + 26 + 17 + 200 + 80 + 80 + 32 + 24 + 40
     tiny = "ct_cov19:model=cbr_tiny,class_weight=true,protocol=study"
     assert names["ct_cov19_cbr_tiny_original_classw_study"] and experiments.load(tiny).name in names
 
@@ -256,6 +266,8 @@ def test_schedules_and_steps():
     assert experiments.load("covidnet_ct:version=2a").train.steps == round(20 * 230_766 / 8)
     rate = optim.make_schedule(experiments.load("covid_xray:model=resnet18,protocol=study").optim, 100 * 121)
     np.testing.assert_allclose([rate(7 * 121 - 1), rate(7 * 121), rate(15 * 121)], [1e-4, 1e-5, 1e-6], rtol=1e-4)
+    rate = optim.make_schedule(experiments.load("medmnist:protocol=study").optim, 100 * 36)
+    np.testing.assert_allclose([rate(49 * 36), rate(51 * 36), rate(76 * 36)], [1e-3, 1e-4, 1e-5], rtol=1e-4)
 
 
 def test_xray_cnn_positive_class():

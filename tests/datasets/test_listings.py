@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import io
 import pickle
 import re
 from collections import Counter, defaultdict
@@ -15,6 +16,7 @@ from sklearn import model_selection, utils
 from lungjax import datasets
 from lungjax.data.splits import parse_study
 from lungjax.datasets import (
+    chexpert,
     coronahack,
     covid_chestxray,
     covid_ct,
@@ -22,6 +24,8 @@ from lungjax.datasets import (
     covidx_ct,
     ct_cov19,
     ictcf,
+    medmnist,
+    nih_chestxray14,
     source_files,
 )
 from lungjax.datasets import nccid_whole_lung as nccid
@@ -390,6 +394,147 @@ def test_coronahack(tmp_path):
         ("TEST", "VALID", "unknown Dataset_type 'VALID'"),
     ]
     assert_errors(coronahack, tmp_path, table, "default", errors)
+
+
+NIH_COLUMNS = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient {},View Position,"
+NIH_COLUMNS += "OriginalImage[Width,Height],OriginalImagePixelSpacing[x,y]"
+
+
+def write_nih(root, table, sex, end):
+    """Writes 30 patients with two images each: the findings of the first three are given, the others cycle."""
+    findings = ["Cardiomegaly|Emphysema", "No Finding", "Hernia", *("Mass", "Pleural_Thickening|Atelectasis") * 14]
+    rows, lists = [], {"train_val_list.txt": [], "test_list.txt": []}
+    for patient in range(1, 30):
+        for visit in range(2):
+            name = f"{patient:08}_{visit:03}.png"
+            rows.append(f"{name},{findings[patient - 1]},{visit},{patient},058Y,F,PA,2682,2749,0.143,0.143{end}")
+            lists["test_list.txt" if patient % 5 == 3 else "train_val_list.txt"].append(name)
+    write_text(root / table, NIH_COLUMNS.format(sex) + end, *rows)
+    for name, lines in lists.items():
+        write_text(root / name, *lines)
+
+
+def test_nih_chestxray14(tmp_path):
+    for table, sex, end in (("Data_Entry_2017.csv", "Gender", ","), ("Data_Entry_2017_v2020.csv", "Sex", "")):
+        write_nih(root := tmp_path / sex, table, sex, end)
+        tree(root, "images_001/images/00000001_000.png", "images_012/images/00000001_001.png")
+        listing, by_file = listed(nih_chestxray14, root)
+        assert len(by_file) == 58 and listing.extra == ("view", "sex", "age") and not listing.body
+        first = by_file["00000001_000.png"]
+        assert first.label == (0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0) and first.extra == ("PA", "F", "058")
+        assert by_file["00000002_000.png"].label == (0,) * 14
+        assert by_file["00000003_001.png"].label == (0,) * 13 + (1,)
+        assert by_file["00000005_000.png"].label == (1,) + (0,) * 11 + (1, 0)
+        assert first.image == str(root / "images_001/images/00000001_000.png") and Path(first.image).is_file()
+        assert (
+            Path(by_file["00000001_001.png"].image).is_file() and not Path(by_file["00000002_000.png"].image).exists()
+        )
+        test = {e.group for e in listing.examples if e.split == "test"}
+        assert test == {f"patient {k}" for k in range(1, 30) if k % 5 == 3}
+        assert all(example.study == example.split for example in listing.examples)
+        assert {example.split for example in listing.examples} == {"train", "val", "test"}
+        assert all(len(splits) == 1 for splits in splits_of_groups(listing.examples).values())
+        assert any("train has 46 images of 23 patients; NIH" in note for note in listing.notes)
+        assert any(
+            "the data set has 26 / 2 / 0" in note and "11,559 / 2,776 / 13,317" in note for note in listing.notes
+        )
+    errors = [
+        ("Hernia", "hernia", "line 6: unknown finding 'hernia'; did you mean Hernia"),
+        ("00000002_001.png", "00000099_001.png", "line 5: 00000099_001.png is neither in train_val_list.txt nor in"),
+        ("Finding Labels", "Findings", "column Finding Labels is missing"),
+    ]
+    assert_errors(nih_chestxray14, root, root / table, "default", errors)
+    for name in ("images_001", "images_012"):
+        (root / name).rename(root / f"old_{name}")
+    write_nih(root, table, sex, end)
+    with pytest.raises(ValueError, match="no folder of images; looked for images/"):
+        nih_chestxray14.listing(root, "default", OPTIONS)
+
+
+CHEXPERT_COLUMNS = (
+    "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,Lung Opacity,Lung Lesion,"
+    "Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,Pleural Effusion,Pleural Other,Fracture,Support Devices"
+)
+
+
+def write_chexpert(root, prefix):
+    train = [
+        "patient00001/study1/view1_frontal.jpg,Female,68,Frontal,AP,1.0,,,,,,,,,0.0,,,,1.0",
+        "patient00002/study2/view1_frontal.jpg,Female,87,Frontal,AP,,,-1.0,1.0,,-1.0,-1.0,,-1.0,,-1.0,,1.0,",
+        "patient00002/study1/view2_lateral.jpg,Female,83,Lateral,,,,,1.0,,,-1.0,,,,,,1.0,",
+        *(f"patient1000{k}/study1/view1_frontal.jpg,Male,50,Frontal,PA,,,1.0,,,,,,,,1.0,,," for k in range(9)),
+    ]
+    valid = ["patient64541/study1/view1_frontal.jpg,Male,73,Frontal,AP,0.0,1.0,1.0,1.0" + ",0.0" * 10]
+    write_text(root / "train.csv", CHEXPERT_COLUMNS, *(f"{prefix}train/{line}" for line in train))
+    write_text(root / "valid.csv", CHEXPERT_COLUMNS, *(f"{prefix}valid/{line}" for line in valid))
+    return tree(root, *(f"train/{line.split(',')[0]}" for line in train), f"valid/{valid[0].split(',')[0]}")
+
+
+def test_chexpert(tmp_path):
+    for name in ("CheXpert-v1.0", "CheXpert-v1.0-small"):
+        folder = write_chexpert(tmp_path / f"parent_{name}" / name, f"{name}/")
+        for root in (folder, folder.parent):  # the archive's folder, or its parent
+            listing, by_file = listed(chexpert, root)
+            assert len(by_file) == 13 and all(Path(example.image).is_file() for example in listing.examples)
+            assert listing.classes == tuple(CHEXPERT_COLUMNS.split(",")[5:])
+            second = by_file["train/patient00002/study2/view1_frontal.jpg"]
+            assert second.label == (0, 0, -1, 1, 0, -1, -1, 0, -1, 0, -1, 0, 1, 0)
+            lateral = by_file["train/patient00002/study1/view2_lateral.jpg"]
+            assert lateral.group == second.group == "patient00002" and lateral.split == second.split
+            assert listing.extra == ("view", "sex", "age") and second.extra == ("AP", "Female", "87")
+            assert lateral.extra == ("Lateral", "Female", "83")
+            assert by_file["valid/patient64541/study1/view1_frontal.jpg"].split == "test"
+            assert {e.split for e in listing.examples if e.file.startswith("train/")} == {"train", "val"}
+            assert all(example.study == example.split for example in listing.examples)
+            assert any("train has 12 images of 11 patients; CheXpert has 223,414" in note for note in listing.notes)
+        listing, by_file = listed(chexpert, folder, "competition")
+        assert listing.classes == ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+        assert by_file["train/patient00002/study2/view1_frontal.jpg"].label == (-1,) * 5
+        assert any("33,376 / 27,000 / 14,783 / 52,246 / 86,187" in note for note in listing.notes)
+    errors = [
+        ("-1.0", "2.0", "line 3: unknown Cardiomegaly '2.0'"),
+        ("train/patient00001/study1", "train/../study1", "line 2: Path .*; expected train/patient00001"),
+    ]
+    assert_errors(chexpert, folder, folder / "train.csv", "default", errors)
+
+
+def write_medmnist(path, side, labels):
+    """Writes an archive with a single pixel value per image; `labels` are those of every split."""
+    path.parent.mkdir(exist_ok=True)
+    arrays = {}
+    for number, split in enumerate(("train", "val", "test")):
+        pixels = np.arange(len(labels), dtype=np.uint8)[:, None, None] + np.zeros((1, side, side + 1), np.uint8)
+        arrays |= {f"{split}_images": pixels + 50 * number, f"{split}_labels": np.array(labels, np.uint8)}
+    np.savez_compressed(path, **arrays)
+
+
+def test_medmnist(tmp_path):
+    write_medmnist(tmp_path / "pneumoniamnist.npz", 28, [[1], [0], [1]])
+    write_medmnist(tmp_path / "pneumoniamnist_64.npz", 64, [[1], [0], [1]])
+    write_medmnist(tmp_path / "organamnist_224.npz", 224, [[10], [0]])
+    write_medmnist(tmp_path / "chestmnist.npz", 28, [[0, 1] * 7, [0] * 14])
+    for config, side in (("pneumonia", 28), ("pneumonia_64", 64)):
+        listing, by_file = listed(medmnist, tmp_path, config)
+        assert listing.classes == ("normal", "pneumonia") and listing.modality == "xray"
+        example = pickle.loads(pickle.dumps(by_file["val/000002.png"]))
+        np.testing.assert_array_equal(Image.open(io.BytesIO(example.image())), np.full((side, side + 1), 52))
+        assert example.label == 1 and example.split == example.study == "val" and example.source == "Kermany"
+        assert len({example.group for example in listing.examples}) == len(by_file) == 9
+        assert any("val has 1 / 2 images of normal, pneumonia; MedMNIST has 135 / 389" in n for n in listing.notes)
+    listing, by_file = listed(medmnist, tmp_path, "organa_224")
+    assert listing.modality == "ct" and listing.classes[by_file["test/000000.png"].label] == "spleen"
+    (note,) = listing.notes
+    assert note.endswith(" 2 / 2 / 2 images in train / val / test; MedMNIST has 34,561 / 6,491 / 17,778")
+    listing, by_file = listed(medmnist, tmp_path, "chest")
+    assert listing.classes == nih_chestxray14.CLASSES and by_file["train/000000.png"].label == (0, 1) * 7
+    with pytest.raises(ValueError, match=r"looked for pneumoniamnist_128\.npz"):
+        medmnist.listing(tmp_path, "pneumonia_128", OPTIONS)
+    write_medmnist(tmp_path / "pneumoniamnist.npz", 28, [[1], [2]])
+    (tmp_path / "pneumoniamnist_64.npz").write_bytes((tmp_path / "pneumoniamnist_64.npz").read_bytes()[:700])
+    np.savez(tmp_path / "pneumoniamnist_128.npz", train_images=np.array([{}], object), train_labels=np.zeros((1, 1)))
+    for config, word in (("pneumonia", "from 0 to 1"), ("pneumonia_64", "damaged"), ("pneumonia_128", "pickle")):
+        with pytest.raises(ValueError, match=f"pneumoniamnist.*{word}"):
+            medmnist.listing(tmp_path, config, OPTIONS)
 
 
 def test_covid_xray_5k_real_names(shared, tmp_path):

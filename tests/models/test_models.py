@@ -33,6 +33,8 @@ MAPS = {
     "cbr_larget_study": {(256, 330): (11, 15)},
     "simple": {(128, 160): (14, 18), (512, 512): (62, 62)},
     "xray_cnn": {(256, 256): (7, 7)},
+    "resnet18_cifar": {(28, 28): (4, 4), (64, 50): (8, 7)},
+    "resnet50_cifar": {(28, 28): (4, 4)},
     "squeezenet1_1": {(224, 224): (13, 13), (107, 90): (6, 5)},
 }
 PARTS = re.compile(r"stem_(conv|bn|norm)|stage\d+_(block\d+|downsample|transition|conv|bn)|top_(conv|bn|norm)|head")

@@ -24,10 +24,12 @@ CELLS = {
     "ct_cov19_curves": 8, "ct_cov19_reports": 8 * 4 * 12, "ictcf_test": 9 * 4 + 4 * 3, "ictcf_reports": 9 * 12,
     "covid_xray": 10 * 5 + 2 * 2 + 2, "covidx_ct_3a": 4 * 14 + 1, "covidx_ct_2a": 14, "covidnet_ct_1": 3 * 7,
     "covidnet_ct_2a": 3 * 7, "transfusion": 8 * 2, "transfusion_chexpert": 5 * 2,
+    "medmnist_pneumonia": 4 * 2, "medmnist_organa": 4 * 2, "medmnist_chest": 4 * 2,
 }  # fmt: skip
 TOTALS = {  # of splits without a confusion matrix
     ("ct_cov19_test", "val"): 1341, ("ct_cov19_test", "test"): 1876, ("ictcf_test", "test"): 2798,
-    ("covid_xray", "test"): 1573, ("covidx_ct_2a", "test"): 25658,
+    ("covid_xray", "test"): 1573, ("covidx_ct_2a", "test"): 25658, ("medmnist_pneumonia", "train"): 4708,
+    ("medmnist_pneumonia", "val"): 524, ("medmnist_pneumonia", "test"): 624,
 }  # fmt: skip
 STUDY = ("f1_weighted", "auc_micro_logits", "f1_macro_harmonic", "accuracy_rounded")  # metrics of the studies
 load = lru_cache(maxsize=None)(experiments.load)
