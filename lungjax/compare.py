@@ -94,7 +94,9 @@ def compare(runs: Sequence[Path], split: str = "test", names: Sequence[str] | No
 def _metrics(a: Predictions, names: Sequence[str] | None, split: str) -> list[str]:
     """Returns the names of the metrics to compare. Raises ValueError for an unknown one."""
     if names is None:
-        rates = ("recall", "auc") if len(a.classes) > 2 else ("recall",)  # the AUC of two classes is `auc_macro`
+        rates = (
+            ("recall", "auc") if len(a.classes) > 2 or a.multilabel else ("recall",)
+        )  # the AUC of two classes is `auc_macro`
         per_class = (f"per_class.{name}.{rate}" for rate in rates for name in a.classes)
         units = bootstrap.UNITS if len(np.unique(metrics.patient_keys(a))) < len(a) else ("slice",)
         names = [f"{unit}.{name}" for unit, name in itertools.product(units, (*DEFAULT_METRICS, *per_class))]

@@ -39,6 +39,7 @@ KEY_FLAGS = ("rule", "explain", "method", "gate_class", "max_megapixels", "max_m
 FILES = ("predictions.csv", "predictions.jsonl", "series.csv", "series.jsonl")
 CHUNK = 64  # images in memory at a time
 MAX_LINES = 12  # printed per list
+MAX_SHOWN = 3  # findings of an image without, or with several, predicted ones
 
 
 def define_flags() -> None:
@@ -152,7 +153,10 @@ def predict(model: Any, sources: Any, out: Path, gate: Any, key: str) -> list[tu
         if total > MAX_LINES:
             print(f"... and {total - MAX_LINES:,} more")
         if counts:
-            print(f"{total:,} images: " + ", ".join(f"{printable(name)} {n:,}" for name, n in counts.most_common()))
+            print(
+                f"{total:,} images: "
+                + ", ".join(f"{printable(name)} {n:,}" for name, n in counts.most_common(MAX_LINES))
+            )
         if sources.documents:
             print(f"Skipped {sources.documents:,} files that are not images")
         if sources.skipped:
@@ -210,12 +214,20 @@ def image_records(model: Any, items: Sequence[Any], start: int, folder: Path, wr
                 else:
                     record = records.record(model.metadata, item.name, p, result.novelty, result.warnings, FLAGS.rule)
                     if FLAGS.explain:
-                        best = int(p.argmax())
-                        heat = model.maps(result.pixels[None], np.asarray([best]), method)[0]
-                        shown = artifacts.picture(model.metadata, result.pixels)
-                        path, classes = folder / f"{names[number]}_{method}.png", model.metadata.classes
+                        targets = [int(p.argmax())]
+                        if model.metadata.multilabel:  # the called findings, or the most probable one
+                            called = [
+                                i
+                                for i, name in enumerate(model.metadata.classes)
+                                if record["decisions"].get(name, {}).get("called")
+                            ]
+                            targets = called or targets
                         try:
-                            figures.draw(path, item.short, shown, heat, p, classes, best, method)
+                            for target in targets:
+                                heat = model.maps(result.pixels[None], np.asarray([target]), method)[0]
+                                shown = artifacts.picture(model.metadata, result.pixels)
+                                stem = folder / names[number]
+                                figures.draw(stem, item.short, shown, heat, p, model.metadata, target, method)
                         except OSError as error:
                             record["warnings"] = [*record["warnings"], f"no saliency map: {error.strerror or error}"]
                 record["series"] = item.series
@@ -290,7 +302,9 @@ def tables(stem: Path, columns: Sequence[str], key: str) -> Iterator[Any]:
 def line(name: str, record: dict[str, Any]) -> str:
     """Formats a record for the screen."""
     called = [other for other, point in record["decisions"].items() if point["called"]]
-    text = f"{name}: {record['predicted']} {record['probabilities'][record['predicted']]:.3f}"
+    p, predicted = record["probabilities"], record["predicted"]
+    shown = [predicted] if predicted in p else sorted(p, key=lambda other: -p[other])[:MAX_SHOWN]
+    text = f"{name}: " + ", ".join(f"{other} {p[other]:.3f}" for other in shown)
     text += f", called {' and '.join(called)}" if called else ""
     return "\n  warning: ".join(map(printable, (text, *record["warnings"])))
 

@@ -19,13 +19,15 @@ def mean(members: Sequence[Predictions]) -> Predictions:
     """
     first, logits = members[0], None
     members = [bootstrap.align(first, p) for p in members]
-    if all(p.logits is not None for p in members):
+    scores = [p.logits for p in members if p.logits is not None]
+    if len(scores) == len(members):
         tiny = np.finfo(np.float32).tiny
         if first.multilabel:
-            plain = np.mean([special.expit(p.logits) for p in members], axis=0)
-            logits = special.logit(np.clip(plain, tiny, 1 - np.finfo(np.float32).epsneg))
+            sides = (np.mean([special.expit(sign * z) for z in scores], axis=0) for sign in (1, -1))
+            present, absent = (np.log(np.maximum(side, tiny)) for side in sides)
+            logits = present - absent
         else:
-            plain = np.mean([special.softmax(p.logits, axis=1) for p in members], axis=0)
+            plain = np.mean([special.softmax(z, axis=1) for z in scores], axis=0)
             logits = np.log(np.maximum(plain, tiny))
     return replace(first, probabilities=np.mean([p.probabilities for p in members], axis=0), logits=logits)
 

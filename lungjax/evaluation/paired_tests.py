@@ -13,7 +13,7 @@ import numpy as np
 from scipy import special
 
 from lungjax.evaluation import bootstrap, metrics
-from lungjax.evaluation.predictions import Predictions
+from lungjax.evaluation.predictions import Predictions, finding
 
 
 class DeLong(NamedTuple):
@@ -54,8 +54,8 @@ def test(a: Predictions, b: Predictions, metric: str) -> DeLong | McNemar | None
     """Returns the test of a metric, such as "slice.per_class.COVID.auc", of aligned predictions, or None.
 
     DeLong's test is for the AUC of a class, and `auc_macro` of two classes, which have the same AUC; McNemar's for
-    accuracy, and recall and specificity of a class, but not per slice if patients have several. Other metrics, and
-    classes without examples, have no test.
+    accuracy, and recall and specificity of a class, but not per slice if patients have several. Other metrics, such as
+    means over findings, and classes without examples have no test.
     """
     unit, _, name = metric.partition(".")
     if unit == "patient":
@@ -64,6 +64,10 @@ def test(a: Predictions, b: Predictions, metric: str) -> DeLong | McNemar | None
     if kind and not kind.startswith("per_class."):
         return None
     i = a.classes.index(kind.removeprefix("per_class.")) if kind else 0
+    if a.multilabel:
+        if not kind:
+            return None
+        a, b, i = finding(a, i), finding(b, i), 1
     of_class, patients = a.labels == i, metrics.patient_keys(a)
     if rate == "auc" or (rate == "auc_macro" and len(a.classes) == 2):
         return delong(of_class, a.probabilities[:, i], b.probabilities[:, i], patients)

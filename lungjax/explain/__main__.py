@@ -34,7 +34,9 @@ def define_flags() -> None:
     flags.DEFINE_enum("split", None, ["train", "val", "test"], "Split of the run's data set for contact sheets.")
     flags.DEFINE_bool("quality", False, "Test the maps by pointing game, deletion curve and sanity check.")
     flags.DEFINE_list("method", [], f"One or more of {', '.join(METHODS)}; by default the first one possible.")
-    flags.DEFINE_string("class", None, "Class to explain; default the predicted class of each image.")
+    flags.DEFINE_string(
+        "class", None, "Class to explain; by default the predicted class of each image, or every finding."
+    )
     count = f"Number of images for --split (default all) and --quality (default {QUALITY_IMAGES})."
     flags.DEFINE_integer("count", None, count, lower_bound=1)
     flags.DEFINE_string("out", None, "Output folder; default RUN/explain.")
@@ -73,7 +75,7 @@ def main(_: list[str]) -> None:
         inputs = gather(FLAGS.images, model.metadata, limits=cli.limits())
         bad += [f"{name}: {reason}" for name, reason in inputs.failures]
         pictures = read(inputs.items, model, bad)
-        if not figures.draw_images(model.explain_pixels, pictures, classes, methods, target, out, bad):
+        if not figures.draw_images(model.explain_pixels, pictures, model.metadata, methods, target, out, bad):
             reasons = "\n  ".join(bad or ["the folders contain no images"])
             raise ValueError(f"no image could be read:\n  {reasons}")
     if model.network is not None:
@@ -109,6 +111,8 @@ def explain_data(model: Any, target: int | None, methods: Sequence[str], out: Pa
             folder = out / f"{FLAGS.split}_{method}"
             bad += figures.draw_split(explainer, reader, FLAGS.split, method, target, folder, FLAGS.count)
     if FLAGS.quality:
+        if description.multilabel and synthetic:
+            raise ValueError("--quality: the synthetic slices have one finding each; test a run on phantom_ct instead")
         methods, count = FLAGS.method or explainer.methods, FLAGS.count or QUALITY_IMAGES
         bad += quality.write(explainer, run, None if synthetic else reader, methods, target, out, count)
     return bad

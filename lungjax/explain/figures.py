@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lungjax.config.metadata import Metadata
 from lungjax.data.imaging import images
 from lungjax.data.safe_text import csv_row, cut
 from lungjax.explain import saliency
@@ -26,21 +27,22 @@ CHUNK = 64  # images in memory at a time
 
 
 def draw(
-    path: Path,
+    stem: Path,
     name: str,
     image: np.ndarray,
     heat: np.ndarray,
     probabilities: np.ndarray,
-    classes: Sequence[str],
+    metadata: Metadata,
     target: int,
     method: str,
 ) -> None:
-    """Writes the figure of the class `target` as PNG, atomically.
+    """Writes STEM_METHOD.png with the map of the class `target`, or STEM_FINDING_METHOD.png, atomically.
 
     `image` is uint8 [H, W, 1 or 3], `heat` [H, W] in 0..1, `probabilities` [C], `method` one of `saliency.METHODS`.
     """
     clipped = visible(heat, method)
-    heading = f"{prediction(probabilities, classes)}  ·  {style.short(name, 60)}"
+    classes, shown = metadata.classes, target if metadata.multilabel else int(probabilities.argmax())
+    heading = f"{_with_percent(classes, probabilities, shown)}  ·  {style.short(name, 60)}"
     empty = "" if heat.any() else ": no evidence"
     titles = ("Image", f"{saliency.TITLES[method]} for {style.short(classes[target], 22)}{empty}", "Overlay")
     tall = image.shape[0] / image.shape[1]
@@ -52,7 +54,8 @@ def draw(
         axis.imshow(picture, cmap="gray", vmin=0, vmax=255)
         axis.set_title(title, fontsize=9.5, color=style.INK)
         axis.set_axis_off()
-    style.save(figure, path)
+    of = f"_{file_name(classes[target], set())}" if metadata.multilabel else ""
+    style.save(figure, stem.with_name(f"{stem.name}{of}_{method}.png"))
 
 
 def visible(heat: np.ndarray, method: str) -> np.ndarray:
@@ -62,10 +65,8 @@ def visible(heat: np.ndarray, method: str) -> np.ndarray:
     return np.minimum(heat / np.percentile(heat[heat > 0], 98), 1)
 
 
-def prediction(probabilities: np.ndarray, classes: Sequence[str]) -> str:
-    """Returns the predicted class and its probability, such as "COV 93%"."""
-    best = int(probabilities.argmax())
-    return f"{style.short(classes[best], 24)} {style.percent(float(probabilities[best]))}"
+def _with_percent(classes: Sequence[str], probabilities: np.ndarray, index: int) -> str:
+    return f"{style.short(classes[index], 24)} {style.percent(float(probabilities[index]))}"
 
 
 def file_name(name: str, used: set[str]) -> str:
@@ -82,28 +83,30 @@ def file_name(name: str, used: set[str]) -> str:
 def draw_images(
     explain: Explain,
     pictures: Iterable[tuple[str, np.ndarray, np.ndarray]],
-    classes: Sequence[str],
+    metadata: Metadata,
     methods: Sequence[str],
     target: int | None,
     out: Path,
     bad: list[str],
 ) -> int:
-    """Writes NAME_METHOD.png for each image and method into the folder `out`; returns the number of images.
+    """Writes the figures of `draw` for each image and method into the folder `out`; returns the number of images.
 
     `pictures` yields the name of each image, the network input, and the image to draw, uint8 [H, W, C]; `target` is the
-    class to explain, or None for the predicted one. Adds the errors of figures that can't be written to `bad`.
+    class to explain; None is the predicted one, or every finding. Adds the errors of figures that
+    can't be written to `bad`.
     """
     used: set[str] = set()
     count, remaining = 0, iter(pictures)
+    targets = range(len(metadata.classes)) if target is None and metadata.multilabel else [target]
     while chunk := list(itertools.islice(remaining, CHUNK)):
         names = [file_name(name, used) for name, *_ in chunk]
         stack = np.stack([pixels for _, pixels, _ in chunk])
-        for method in methods:
-            maps, probabilities = explain(stack, target, method)
+        for method, chosen in itertools.product(methods, targets):
+            maps, probabilities = explain(stack, chosen, method)
             for name, (*_, image), heat, p in zip(names, chunk, maps, probabilities, strict=True):
-                explained = int(p.argmax()) if target is None else target
+                explained = int(p.argmax()) if chosen is None else chosen
                 try:
-                    draw(out / f"{name}_{method}.png", name, image, heat, p, classes, explained, method)
+                    draw(out / name, name, image, heat, p, metadata, explained, method)
                 except OSError as error:
                     bad.append(str(error))
         count += len(chunk)
@@ -122,21 +125,28 @@ def draw_split(
     """Writes index.csv and page_001.png, ... for a split, most confident first; returns errors of unreadable images.
 
     `count` limits the number of images, which are evenly spaced in this order. Wrong predictions have a colored frame.
-    Raises ValueError if no image of the split can be read.
+    Several findings need a `target`, on which they are judged. Raises ValueError if no image of the split can be read.
     """
     bad: list[str] = []
     data = reader.data
     scores: dict[int, np.ndarray] = {}
-    split_rows = np.unique(data.rows(split)).tolist()
+    split_rows, labels, classes = np.unique(data.rows(split)), data.columns["label"], data.classes
+    if labels.ndim == 2:
+        if target is None:
+            raise ValueError(f"--split={split}: choose a finding with --class, one of {', '.join(classes)}")
+        labels, classes = labels[:, target], (f"no {classes[target]}", classes[target])
+        split_rows = split_rows[labels[split_rows] >= 0]
     for start in range(0, len(split_rows), CHUNK):
-        pixels, rows = read_rows(reader, split_rows[start : start + CHUNK], bad)
+        pixels, rows = read_rows(reader, split_rows[start : start + CHUNK].tolist(), bad)
         if rows:
-            scores.update(zip(rows, explainer.probabilities(np.stack(pixels)), strict=True))
+            p = explainer.probabilities(np.stack(pixels))
+            p = p if data.columns["label"].ndim == 1 else np.stack([1 - p[:, target], p[:, target]], axis=1)
+            scores.update(zip(rows, p, strict=True))
     if not scores:
         raise ValueError("\n  ".join([f"{data.name}: no image of the {split} split could be read", *bad]))
     order = evenly_spaced(sorted(scores, key=lambda row: -float(scores[row].max())), count or len(scores))
     out.mkdir(parents=True, exist_ok=True)
-    columns, classes, size = data.columns, data.classes, TILES[0] * TILES[1]
+    columns, size = data.columns, TILES[0] * TILES[1]
     names, pages = ("file", "group", "source"), math.ceil(len(order) / size)
     with (out / "index.csv").open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -148,15 +158,17 @@ def draw_split(
             maps, _ = explainer.maps(np.stack(pixels), target, method)
             tiles = []
             for rank, (row, image, heat) in enumerate(zip(rows, pixels, maps, strict=True), page * size + 1):
-                p, label, ids = scores[row], columns["label"][row], [str(columns[name][row]) for name in names]
+                p, label, ids = scores[row], labels[row], [str(columns[name][row]) for name in names]
                 wrong = int(p.argmax()) != label
                 verdict = [classes[label], classes[p.argmax()], "yes" if wrong else "no"]
                 cells = [rank, f"page_{page + 1:03}.png", *ids, *verdict, *(f"{value:.6g}" for value in p)]
                 writer.writerow(csv_row(cells))
                 frame, truth = (style.WRONG, f"wrong, true: {classes[label]}") if wrong else (FRAME, "correct")
-                tiles += [Tile(image, (ids[0], prediction(p, classes), truth), frame=frame, wide=True)]
+                tiles += [
+                    Tile(image, (ids[0], _with_percent(classes, p, int(p.argmax())), truth), frame=frame, wide=True)
+                ]
                 tiles += [Tile(image, heat=visible(heat, method), frame=frame)]
-            explained = "the predicted class" if target is None else classes[target]
+            explained = "the predicted class" if target is None else data.classes[target]
             title = f"{data.name}, {split}: {saliency.TITLES[method]} for {explained}, page {page + 1} of {pages}"
             section = Section(tiles, f"{title}, most confident first")
             contact_sheet.draw([section], out / f"page_{page + 1:03}.png", 2 * TILES[0], paired=True, aspect=2.0)

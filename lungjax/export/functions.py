@@ -5,9 +5,10 @@
     gradcam   (weights, pixels, targets int32 [b], -1 for the predicted class) -> {"maps" float32 [b, H, W]}; only for
               networks with a feature map that is large enough for Grad-CAM
 
-Probabilities are calibrated: softmax(logits / temperature). Features are the spatial mean of the last map. `weights` is
-a flat dict of float32 arrays with folded batch norms (`lungjax.models.batch_norm_folding`). Formats whose converter
-needs plain operations trace the functions inside `conv.plain_forms`.
+Probabilities are calibrated: softmax(logits / temperature), or sigmoid for several findings per image. Features are the
+spatial mean of the last map. `weights` is a flat dict of float32 arrays with folded batch norms
+(`lungjax.models.batch_norm_folding`). Formats whose converter needs plain operations trace the functions inside
+`conv.plain_forms`.
 """
 
 import json
@@ -168,9 +169,8 @@ class EnsembleFunctions:
     def predict(self, weights: Any, pixels: jax.Array) -> dict[str, jax.Array]:
         """Returns the mean probabilities, logits and features of `model.mean_outputs`."""
         parts = artifacts.member_pixels(self.metadata, pixels)
-        return model.mean_outputs(
-            [each.predict(_of_member(weights, i), parts[i]) for i, each in enumerate(self.members)]
-        )
+        each = [member.predict(_of_member(weights, i), parts[i]) for i, member in enumerate(self.members)]
+        return model.mean_outputs(each, self.metadata)
 
     def gradcam(self, weights: Any, pixels: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
         """Returns the mean of the members' maps for target classes int32 [b]."""
@@ -182,7 +182,8 @@ class EnsembleFunctions:
     def reference(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the mean outputs of the networks themselves."""
         parts = artifacts.member_pixels(self.metadata, pixels)
-        means = model.mean_outputs([each.reference(part) for each, part in zip(self.members, parts, strict=True)])
+        each = [member.reference(part) for member, part in zip(self.members, parts, strict=True)]
+        means = model.mean_outputs(each, self.metadata)
         return {name: np.asarray(array) for name, array in means.items()}
 
 

@@ -45,6 +45,8 @@ def describe(places: Sequence[Path], members: Sequence[Metadata]) -> Metadata:
     for place, member in zip(places, members, strict=True):
         if member.members:
             raise ValueError(f"{place} is an ensemble; give its members")
+        if member.multilabel != first.multilabel:
+            raise ValueError(f"{places[0]} and {place} can't be averaged: only one has several findings per image")
         if member.classes != first.classes:
             names = f"{', '.join(first.classes)} and {', '.join(member.classes)}"
             raise ValueError(f"{places[0]} and {place} have different classes or another order: {names}")
@@ -60,7 +62,7 @@ def describe(places: Sequence[Path], members: Sequence[Metadata]) -> Metadata:
         first,
         name=f"{_joined(m.name for m in members)}, ensemble of {len(members)}",
         dataset=_joined(m.dataset for m in members),
-        positive=None,
+        positive=first.positive if first.multilabel else None,
         temperature=1.0,
         tta="none",
         points=points,

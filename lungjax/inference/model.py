@@ -78,7 +78,7 @@ class Model:
     def logits(self, images: Images, boxes: Boxes = None) -> np.ndarray:
         """Returns uncalibrated logits float32 [B, classes]; for a sigmoid output, the other logit is zero.
 
-        Those of an ensemble are the logarithms of the mean uncalibrated probabilities.
+        Those of an ensemble are the logarithms (of findings, the log odds) of the mean uncalibrated probabilities.
         """
         return self.outputs(self._pixels(images, boxes))["logits"]
 
@@ -235,12 +235,17 @@ def named_outputs(logits: jax.Array, last: jax.Array, metadata: Metadata) -> dic
     return {"probabilities": probabilities, "logits": scores, "features": last.astype(jnp.float32).mean((1, 2))}
 
 
-def mean_outputs(members: Sequence[Mapping[str, Any]]) -> dict[str, jax.Array]:
-    """Returns the `artifacts.OUTPUTS` of an ensemble from those of its members."""
-    plain = jnp.stack([jax.nn.softmax(jnp.asarray(each["logits"])) for each in members]).mean(0)
+def mean_outputs(members: Sequence[Mapping[str, Any]], metadata: Metadata) -> dict[str, jax.Array]:
+    """Returns the `artifacts.OUTPUTS` of an ensemble from those of its members; see `ensemble.mean`."""
+    tiny, scores = np.finfo(np.float32).tiny, jnp.stack([jnp.asarray(each["logits"]) for each in members])
+    if metadata.multilabel:
+        present, absent = (jnp.maximum(jax.nn.sigmoid(sign * scores).mean(0), tiny) for sign in (1, -1))
+        logits = jnp.log(present) - jnp.log(absent)
+    else:
+        logits = jnp.log(jnp.maximum(jax.nn.softmax(scores).mean(0), tiny))
     return {
         "probabilities": jnp.stack([jnp.asarray(each["probabilities"]) for each in members]).mean(0),
-        "logits": jnp.log(jnp.maximum(plain, np.finfo(np.float32).tiny)),
+        "logits": logits,
         "features": jnp.concatenate([jnp.asarray(each["features"]) for each in members], axis=-1),
     }
 
@@ -256,7 +261,8 @@ def _ensemble(places: Sequence[Path], members: Sequence[Model]) -> Model:
 
     def forward(pixels: np.ndarray) -> dict[str, Any]:
         parts = artifacts.member_pixels(description, pixels)
-        return mean_outputs([member.forward(part) for member, part in zip(members, parts, strict=True)])
+        each = [member.forward(part) for member, part in zip(members, parts, strict=True)]
+        return mean_outputs(each, description)
 
     def maps(pixels: np.ndarray, targets: np.ndarray, method: str) -> np.ndarray:
         parts = artifacts.member_pixels(description, pixels)

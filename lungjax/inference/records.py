@@ -10,6 +10,7 @@ from lungjax.config.metadata import Metadata
 from lungjax.evaluation import aggregation
 
 RULE = "youden"
+JOIN, NO_FINDING = " + ", "no finding"  # in `predicted` of models of several findings
 POINT_KEYS = ("threshold", "sensitivity", "specificity")
 WARNED_FRACTION = 0.2  # minimum fraction of slices with warnings for a warning about the series
 
@@ -50,7 +51,8 @@ def summary(
     """
     count, level = len(probabilities), "patient" if metadata.points.get("patient") else "slice"
     several = [f"{warned} of {count} images have warnings"] if warned and warned >= WARNED_FRACTION * count else []
-    aggregated = aggregation.aggregate(probabilities, metadata.classes, metadata.aggregate)[0]
+    classes, exclusive = metadata.classes, not metadata.multilabel
+    aggregated = aggregation.aggregate(probabilities, classes, metadata.aggregate, exclusive=exclusive)[0]
     prediction = _prediction(metadata, aggregated, rule, level)
     return {"series": name, "files": count, **prediction, "warnings": [*warnings, *several]}
 
@@ -88,8 +90,12 @@ def _prediction(metadata: Metadata, probabilities: np.ndarray, rule: str, level:
         if point:
             rates = {key: point.get(key) for key in POINT_KEYS}
             decisions[name] = {"called": value >= point["threshold"], "rule": rule, "level": level, **rates}
+    predicted = metadata.classes[int(np.argmax(probabilities))]
+    if metadata.multilabel:
+        present = [name for name, value in p.items() if decisions.get(name, {"called": value >= 0.5})["called"]]
+        predicted = JOIN.join(present) or NO_FINDING
     return {
-        "predicted": metadata.classes[int(np.argmax(probabilities))],
+        "predicted": predicted,
         "probabilities": {name: float(f"{value:.9g}") for name, value in p.items()},  # identifies every float32
         "decisions": decisions,
     }

@@ -175,7 +175,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
             tables.append(Table(["true / predicted", *classes], rows, f"Confusion, per {noun} (test)"))
     tables += [_subgroups(column, groups, classes, unit) for column, groups in test["subgroups"].items()]
     if "calibration" in report:
-        tables += [_calibration(report["calibration"]), _recalibration(report["calibration"])]
+        tables += [_calibration(report["calibration"]), _recalibration(report)]
     tables += _operating_points(config, report.get("operating_points", {}), unit)
     if report["controls"]:
         tables.append(_controls(report, unit))
@@ -270,7 +270,8 @@ def _calibration(calibration: Mapping[str, Any]) -> Table:
     return Table(["test probabilities", *(METRICS[name] for name in names)], rows, "Calibration", note)
 
 
-def _recalibration(calibration: Mapping[str, Any]) -> Table:
+def _recalibration(report: Mapping[str, Any]) -> Table:
+    calibration, what = report["calibration"], "finding" if report["multilabel"] else "class against the rest"
     kinds = ("uncalibrated", "calibrated")
     rows = [
         [name, *(number(calibration[kind]["per_class"][name], key) for key in ("slope", "intercept") for kind in kinds)]
@@ -281,7 +282,7 @@ def _recalibration(calibration: Mapping[str, Any]) -> Table:
         "test by logistic regression. Slope 1 and intercept 0 are perfect calibration; a slope below 1 means that the "
         "probabilities are too extreme, and a positive intercept that, at even odds, they are too low."
     )
-    head = ["class against the rest", *(f"{key}, {kind}" for key in ("slope", "intercept") for kind in kinds)]
+    head = [what, *(f"{key}, {kind}" for key in ("slope", "intercept") for kind in kinds)]
     return Table(head, rows, "Calibration slope and intercept (test)", note)
 
 

@@ -28,7 +28,9 @@ class Decision(Strict):
 class Prediction(Strict):
     """Prediction of an image or a series."""
 
-    predicted: str = Field(description="class with the highest probability")
+    predicted: str = Field(
+        description="class with the highest probability; of several findings those that are called, as `A + B`"
+    )
     probabilities: dict[str, float] = Field(description="calibrated, by class")
     decisions: dict[str, Decision] = Field(description="by class")
     warnings: list[str]
@@ -77,7 +79,7 @@ class Predictions(Strict):
 class Explanation(Record):
     """One image with its saliency map; pictures are data URLs (PNG)."""
 
-    explained: str = Field(description="class that the map explains")
+    explained: str = Field(description="class or finding that the map explains")
     method: str
     image: str = Field(description="the network's input")
     heat: str = Field(description="the saliency map in colors")

@@ -23,7 +23,8 @@ from lungjax import config as configs
 from lungjax import datasets
 from lungjax.config import Config, experiments, overrides
 from lungjax.data import prepared
-from lungjax.evaluation import calibration, predictions
+from lungjax.data.labels import indicators
+from lungjax.evaluation import calibration, metrics, predictions
 from lungjax.evaluation.predictions import Predictions
 from lungjax.runtime import signals
 from lungjax.runtime.checkpoint import newest
@@ -191,10 +192,10 @@ def read_predictions(run: Run, report: Mapping[str, Any], split: str) -> Predict
     counts, level = report["facts"]["counts"][split], report[split]["slice"]
     if list(table.classes) != list(report["classes"]):
         raise ValueError(f"{path}: classes {', '.join(table.classes)}, report.json has {', '.join(report['classes'])}")
-    images = np.bincount(table.labels, minlength=len(table.classes)).tolist()
+    images = indicators(table.labels, len(table.classes)).sum(axis=0).tolist()
     if images != [counts[name] for name in table.classes]:
         raise ValueError(f"{path}: {listed(images)} images per class, report.json has {listed(list(counts.values()))}")
-    accuracy = float((table.predicted == table.labels).mean())
+    accuracy = metrics.summarize(table)["accuracy"]
     if abs(accuracy - level["accuracy"]) > 1e-6:
         raise ValueError(f"{path}: accuracy {accuracy:.6f}, report.json has {level['accuracy']:.6f}")
     return calibration.apply_temperature(table, 1.0)

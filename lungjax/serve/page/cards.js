@@ -32,6 +32,11 @@ function bar(name, p, decision, index = -1) {
   );
 }
 
+// The class, or the finding of images with several, that has the highest probability.
+export function mostProbable(record) {
+  return Object.keys(record.probabilities).reduce((a, b) => (record.probabilities[b] > record.probabilities[a] ? b : a));
+}
+
 // Decisions of a record at the selected operating point. The service applies the rule of the request; for the other
 // rules the page compares with the thresholds of the same model.json.
 function decide(record, level) {
@@ -58,7 +63,7 @@ function points(decisions, level) {
     const rates = ` On ${LEVELS[level]} this threshold has ${sensitivity} and ${specificity}.`;
     lines.push(make("p", {}, make("strong", {}, `${name} is positive: `), reached, rates));
   }
-  const several = "Each class is tested against all others, so several can be positive.";
+  const several = "Each class is decided on its own, so several can be positive.";
   if (lines.length > 1) lines.push(make("p", {}, several));
   if (!lines.length && Object.keys(decisions).length) lines.push(make("p", {}, "No class reaches its threshold."));
   return make("div", { className: "points" }, ...lines);
@@ -70,12 +75,12 @@ function drawRecord(body, record, level) {
   const lines = [...(record.warnings ?? [])];
   if (!lines.length && record.novelty > 1) lines.push("This image is unlike the training images.");
   const parts = lines.map((line) => make("p", {}, make("strong", {}, "Warning. "), sentence(line)));
-  const best = percent(record.probabilities[record.predicted]);
+  const best = mostProbable(record);
   const bars = Object.entries(record.probabilities).map(([name, p], i) => bar(name, p, decisions[name] ?? null, i));
   body.className = lines.length ? "answer doubtful" : "answer";
   body.replaceChildren(
     ...(parts.length ? [make("div", { className: "warning" }, ...parts)] : []),
-    make("p", { className: "top-class" }, "Most probable: ", make("strong", {}, record.predicted), `, ${best}`),
+    make("p", { className: "top-class" }, "Most probable: ", make("strong", {}, best), `, ${percent(record.probabilities[best])}`),
     make("ul", { className: "bars" }, ...bars),
     points(decisions, level),
   );
@@ -257,7 +262,7 @@ function next() {
     const card = pending.shift();
     if (card.gone || !card.answer) continue;
     running += 1;
-    card.explain(card.heat ? card.pick.value : card.answer.predicted).finally(() => {
+    card.explain(card.heat ? card.pick.value : mostProbable(card.answer)).finally(() => {
       running -= 1;
       next();
     });

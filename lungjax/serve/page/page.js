@@ -1,6 +1,6 @@
 // The page of `python -m lungjax.serve`: each image is sent to the service and gets a card. File names and messages
 // become text, never HTML; nothing is stored, and nothing is loaded from other sites.
-import { Card, Series, explainWhenSeen, settings } from "./cards.js";
+import { Card, Series, explainWhenSeen, mostProbable, settings } from "./cards.js";
 import { describe, isSynthetic, limits, rules, summary } from "./model.js";
 import { ask, byName, dropped, form, grouped, isDicom, limit, service } from "./service.js";
 import { at, count, make, percent, plural, ruleWords, size } from "./words.js";
@@ -130,7 +130,8 @@ function finish(card, result) {
   card.show(result);
   explainWhenSeen(card);
   const warning = result.warnings?.length ? `. Warning: ${result.warnings.join("; ")}` : "";
-  say(`${card.name}: ${result.predicted}, ${percent(result.probabilities[result.predicted])}${warning}`);
+  const best = mostProbable(result);
+  say(`${card.name}: ${best}, ${percent(result.probabilities[best])}${warning}`);
 }
 
 function retry(card) {
