@@ -24,7 +24,7 @@ from lungjax.models.vgg import VGG
 from lungjax.models.xray_cnn import XRAY
 
 # Constructors by name; without arguments each returns the published network with 1000 classes. The name of a family is
-# also that of its module in `weights.name_rules`.
+# also that of its tables in weights/name_rules.toml.
 FAMILIES: dict[str, Mapping[str, Callable[[], Any]]] = {
     "transfusion": TRANSFUSION,
     "xray_cnn": XRAY,
