@@ -1,9 +1,8 @@
 """Maps the tensors of a file to our parameters by a table of rules, and accounts for every name on both sides."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -51,16 +50,10 @@ class Rules:
     layers: tuple[Rule, ...]  # layer name in the file -> our layer path
     leaves: tuple[Rule, ...] = ()  # complete tensor name -> our complete path; tried first
     ignore: tuple[str, ...] = ()  # names of tensors that are not parameters
-    # Our path -> function of (array in the file, our shape) that returns our array
-    special: tuple[tuple[str, Callable[[np.ndarray, Shape], np.ndarray]], ...] = ()
+    # Our path -> function of the array in the file that returns our array
+    special: tuple[tuple[str, Callable[[np.ndarray], np.ndarray]], ...] = ()
     torch: bool = False  # kernels are [O, I, H, W] and [O, I]
-    repeats: Sequence[int] = ()  # blocks per stage, in files that number them regardless of stages
-
-    @cached_property
-    def blocks(self) -> dict[int, str]:
-        """Our names of the blocks by their number in the file, from 0."""
-        places = ((stage, i) for stage, count in enumerate(self.repeats, 1) for i in range(1, count + 1))
-        return {number: f"stage{stage}_block{i}" for number, (stage, i) in enumerate(places)}
+    blocks: Mapping[int, str] = field(default_factory=dict)  # our names by number, in files without numbers of stages
 
     def path(self, rules: Iterable[Rule], name: str) -> str | None:
         """Returns the path by the first of `rules` that applies to a name, or None."""
@@ -96,7 +89,7 @@ def arrange(array: np.ndarray, path: str, shape: Shape, rules: Rules) -> np.ndar
     """Returns an array of a file in our layout, as a view where possible; its shape may still differ from ours."""
     for pattern, function in rules.special:
         if re.search(pattern, path):
-            return function(array, shape)
+            return function(array)
     if rules.torch and array.ndim == 4:
         array = array.transpose(2, 3, 1, 0)
     elif rules.torch and array.ndim == 2:

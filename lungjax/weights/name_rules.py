@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lungjax.models import family_of
-from lungjax.weights.convert import Rule, Rules, Shape
+from lungjax.weights.convert import Rule, Rules
 
 TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 
@@ -25,7 +25,9 @@ def _rules(family: str, layout: str) -> Rules:
     for name in ("layers", "leaves"):
         fields[name] = tuple(Rule(*rule) for rule in fields[name])
     fields["special"] = tuple((pattern, FUNCTIONS[name]) for pattern, name in fields.get("special", ()))
-    return Rules(**fields)
+    repeats = fields.pop("repeats", ())
+    blocks = (f"stage{stage}_block{i + 1}" for stage, count in enumerate(repeats, 1) for i in range(count))
+    return Rules(**fields, blocks=dict(enumerate(blocks)))
 
 
 def _fields(family: str, layout: str) -> dict[str, Any]:
@@ -35,19 +37,15 @@ def _fields(family: str, layout: str) -> dict[str, Any]:
     return other | own | {name: own.get(name, []) + other.get(name, []) for name in ("layers", "leaves")}
 
 
-def _bgr(array: np.ndarray, shape: Shape) -> np.ndarray:
-    """Returns a kernel for BGR images, [h, w, 3, D], for RGB ones."""
-    return array[:, :, ::-1]
-
-
-def _flat(array: np.ndarray, shape: Shape) -> np.ndarray:
-    """Returns torchvision's layer scale, [C, 1, 1], or Facebook's response norm, [1, 1, 1, C], as [C]."""
-    return array.reshape(-1)
-
-
-def _flatten_hwc(array: np.ndarray, shape: Shape) -> np.ndarray:
+def _flatten_hwc(array: np.ndarray) -> np.ndarray:
     """Returns the first dense kernel, [O, 512 * 7 * 7] or [O, 512, 7, 7], for a map that is flattened as h, w, c."""
     return array.reshape(len(array), 512, 7, 7).transpose(2, 3, 1, 0).reshape(-1, len(array))
 
 
-FUNCTIONS = {"bgr": _bgr, "flat": _flat, "flatten_hwc": _flatten_hwc}
+# The first kernel of some files is for BGR images. torchvision's layer scale is [C, 1, 1], Facebook's response norm
+# [1, 1, 1, C].
+FUNCTIONS = {
+    "bgr": lambda kernel: kernel[:, :, ::-1],
+    "flat": lambda array: array.reshape(-1),
+    "flatten_hwc": _flatten_hwc,
+}
