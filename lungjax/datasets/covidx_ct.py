@@ -21,16 +21,7 @@ CLASSES = ("Normal", "Pneumonia", "COVID-19")  # labels 0, 1, 2 of the official 
 EXTRA = ("age", "sex", "country")  # columns of metadata.csv that are kept
 
 ABOUT = files.about("covidx_ct")
-# Patients per class in the official tables (val and test of CT-1 are counted in the files). In the train split of the
-# other versions, the table counts 17 patients of TCIA twice, once per scan; here each counts once.
-_VAL2, _TEST2, _VAL3, _TEST3 = (126, 190, 166), (126, 125, 175), (164, 202, 194), (164, 138, 201)
-PATIENTS = {
-    "1": {"train": (144, 420, 300), "val": (47, 190, 95), "test": (52, 125, 116)},
-    "2a": {"train": (321, 558, 1941), "val": _VAL2, "test": _TEST2},
-    "2b": {"train": (321, 558, 2697), "val": _VAL2, "test": _TEST2},
-    "3a": {"train": (321, 592, 3319), "val": _VAL3, "test": _TEST3},
-    "3b": {"train": (321, 592, 4075), "val": _VAL3, "test": _TEST3},
-}
+PATIENTS = files.ABOUT["covidx_ct_patients"]  # by version and split
 
 # File name -> patient (first group) and source. The prefix of COVID-CTset varies within a patient, so it is ignored.
 RULES = {
