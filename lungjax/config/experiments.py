@@ -36,10 +36,7 @@ def load(choice: str) -> Config:
     """
     target, _, text = choice.partition(":")
     if target.endswith(".json"):
-        path = Path(target)
-        if not path.is_file():
-            raise ValueError(f"--experiment={choice}: no such file")
-        return overrides.read(path)
+        return overrides.read(Path(target))
     path = Path(target) if target.endswith(".py") else names().get(target, Path())
     if not path.is_file():
         hint = "no such file" if target.endswith(".py") else schema.nearest(target, names())

@@ -7,15 +7,13 @@ from pathlib import Path
 from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
+from lungjax.datasets.listing import Example, Listing, compare_counts, complete_splits
 
 OBSERVATIONS = (  # in the order of the tables
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
     *("Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other"),
     *("Fracture", "Support Devices"),
 )
-# Train images with each of the observations.
-TRAIN = (22381, 10798, 27000, 105581, 9186, 52246, 14783, 6039, 33376, 19448, 86187, 3523, 9040, 116001)
 CLASSES = {
     "default": OBSERVATIONS,
     "competition": ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"),
@@ -27,22 +25,7 @@ TABLES = {"train": "train.csv", "test": "valid.csv"}
 PATH = re.compile(r"(?:.*/)?((?:train|valid)/(patient\d+)/study\d+/[^/]+)")
 EXPECTED = {"train": (223414, 64540), "test": (234, 200)}  # images and patients
 
-ABOUT = About(
-    title="chest X-rays with 14 observations (default), or the five of the competition; several per image",
-    origin="https://stanfordmlgroup.github.io/competitions/chexpert (CheXpert-v1.0, 439 GB, or CheXpert-v1.0-small, "
-    "11 GB; on registration). The 224,316 X-rays of 65,240 patients include 668 of 500 that are not in the tables.",
-    layout="train.csv, valid.csv and the folders train and valid, as in the archive, optionally below CheXpert-v1.0 or "
-    "CheXpert-v1.0-small; the same prefix in the column Path is ignored. The view (AP, PA or Lateral), sex and age are "
-    "kept as columns, so that reports have results per view.",
-    licence="Stanford's research use agreement: no sharing, no commercial use.",
-    citation="Irvin et al.: CheXpert: A Large Chest Radiograph Dataset with Uncertainty Labels, AAAI 2019.",
-    study="The images of train.csv and, as the test split, of valid.csv, which radiologists labeled. Val is 15/85 of "
-    "the images of train.csv, by patient, stratified by observation (--seed). A blank cell is an observation that the "
-    "report does not mention; it counts as absent, as in the study. Uncertain observations (-1) are stored as unknown: "
-    "--set=data.uncertain=ignore, zero or one is U-Ignore, U-Zeroes or U-Ones of the study.",
-    clean="The splits of protocol=study, without the train images that have a near duplicate in val or test.",
-    expected={c: {"train": tuple(TRAIN[OBSERVATIONS.index(n)] for n in names)} for c, names in CLASSES.items()},
-)
+ABOUT = files.about("chexpert")
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:

@@ -7,7 +7,7 @@ from pathlib import Path
 from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
+from lungjax.datasets.listing import Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("Normal", "Pneumonia")
 TABLE = "Chest_xray_Corona_Metadata.csv"
@@ -16,17 +16,7 @@ LABELS = {"Normal": "0", "Pnemonia": "1", "Pneumonia": "1"}  # the table has the
 SPLITS = {"TRAIN": "train", "TEST": "test"}
 COLUMNS = ("X_ray_image_name", "Label", "Dataset_type", "Label_1_Virus_category", "Label_2_Virus_category")
 
-ABOUT = About(
-    title="chest X-rays: normal or pneumonia (the cause, such as COVID-19, in extra columns)",
-    origin="https://www.kaggle.com/datasets/praveengovi/coronahack-chest-xraydataset (5,910 X-rays, about 1.2 GB)",
-    layout=f"{TABLE} and {FOLDER}/{FOLDER}/{{train,test}}/FILE, as in the archive.",
-    licence="CC BY 4.0 for Kermany's images; individual licenses for the COVID-19 images, see covid_chestxray.",
-    citation="P. Govi: CoronaHack Chest X-Ray Dataset, Kaggle, 2020; Kermany et al., Cell 172, 2018.",
-    study="The original split (column Dataset_type), which has no validation part: test is also the validation set.",
-    clean="The original test split; val is cut from train by patient (personNNN or IM-NNNN in the file name; for the "
-    "COVID-19 collection, the case or paper). Patients in both train and test remain only in test.",
-    expected={"default": {"train": (1342, 3944), "test": (234, 390)}},
-)
+ABOUT = files.about("coronahack")
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:

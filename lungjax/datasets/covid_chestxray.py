@@ -8,7 +8,7 @@ from lungjax.config import nearest
 from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
+from lungjax.datasets.listing import Example, Listing, compare_counts, complete_splits
 
 CLASSES = {
     "covid": ("non-COVID-19", "COVID-19"),
@@ -19,18 +19,7 @@ COLUMNS = ("patientid", "finding", "view", "modality", "folder", "filename", "ur
 EXTRA = ("sex", "age", "RT_PCR_positive", "license")  # extra columns of the index
 ROOT_FINDINGS = ("No Finding", "Pneumonia", "Tuberculosis", "Unknown", "todo")  # first parts of a finding such as A/B/C
 
-ABOUT = About(
-    title="frontal chest X-rays: COVID-19 or not (covid), or by finding (findings)",
-    origin="https://github.com/ieee8023/covid-chestxray-dataset (950 images; git clone or zip)",
-    layout="metadata.csv and the folder images, as in the repository. CT images, lateral views, and rows with the "
-    "finding Unknown or todo are omitted; `findings` also omits tuberculosis and pneumonia of unstated or other cause.",
-    licence="Per image (column license: Apache 2.0, CC BY, CC BY-NC-SA, or none); metadata and scripts CC BY-NC-SA "
-    "4.0.",
-    citation="Cohen et al.: COVID-19 Image Data Collection: Prospective Predictions Are the Future, MELBA, 2020.",
-    clean="Three new splits by patient (70/15/15). The collection has no splits, so there is no protocol=study.",
-    # The README's table, which counts PA, AP and AP Supine views.
-    expected={"covid": {"all": (203, 451)}, "findings": {"all": (17, 451, 24, 40, 24)}},
-)
+ABOUT = files.about("covid_chestxray")
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:

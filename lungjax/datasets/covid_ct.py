@@ -7,25 +7,13 @@ from lungjax.data import splits
 from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts
+from lungjax.datasets.listing import Example, Listing, compare_counts
 
 CLASSES = ("NonCOVID", "COVID")  # labels 0, 1 of the authors' code
 TABLE = "NonCOVID-CT-MetaInfo.csv"
 MAX_GAP = 3  # between the file numbers of consecutive MedPix slices of one patient
 
-ABOUT = About(
-    title="axial chest CT slices from papers and teaching files: COVID-19 or not",
-    origin="https://github.com/UCSD-AI4H/COVID-CT (746 slices, about 90 MB; git clone or zip)",
-    layout="Images-processed/{CT_COVID,CT_NonCOVID}/FILE (unzip the two archives there), "
-    "Data-split/COVID/{train,val,test}CT_COVID.txt, Data-split/NonCOVID/{train,val,test}CT_NonCOVID.txt, and "
-    f"{TABLE} with the patients (if it is missing, they are inferred from the file numbers).",
-    licence="None stated for the images, which are figures of papers and web pages with individual terms.",
-    citation="Yang et al.: COVID-CT-Dataset: a CT image dataset about COVID-19, arXiv 2003.13865, 2020.",
-    study="The authors' split lists, by patient.",
-    clean="The authors' split lists. The group of a COVID slice is its paper, because several figures may show one "
-    "scan.",
-    expected={"default": {"train": (234, 191), "val": (58, 60), "test": (105, 98)}},
-)
+ABOUT = files.about("covid_ct")
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:

@@ -9,7 +9,7 @@ import numpy as np
 
 from lungjax.datasets import PrepareOptions, keras_generator
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
+from lungjax.datasets.listing import Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("covid", "non")  # labels 0, 1: the folders in order, so the study's sigmoid was P(non)
 SOURCES = ("COVID-19 image data collection", "CheXpert")
@@ -23,27 +23,7 @@ ROTATION, SHEAR, ZOOM, BRIGHTNESS = 5.0, 0.2, (0.7, 1.3), (0.2, 1.0)
 GENERATED = re.compile(r"a_\d+_\d+$|.*_original_.+_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 CHEXPERT = re.compile(r"(?:(.+?)[-_ ]?)?(patient\d+)[-_]", re.IGNORECASE)
 
-ABOUT = About(
-    title="chest X-rays: COVID-19 (COVID-19 image data collection) or not (CheXpert)",
-    origin="data_upload_v3.zip, linked in https://github.com/shervinmin/DeepCovid (5,184 X-rays, or 5,520 with the "
-    "generated ones), or https://github.com/Mithunjack/covid-19-xay-image-classification (2,688 X-rays)",
-    layout="{train,test}/{covid,non}/FILE, with any subfolders; optionally below data_upload_v3 or data_set. Generated "
-    'files in train/covid are recognized by name (Keras: "a_NUMBER_NUMBER.jpg", Augmentor: "..._original_..._UUID").',
-    licence="None for the complete set. CheXpert: Stanford's research use agreement (no sharing, no commercial use). "
-    "COVID-19 images: individual licenses, see covid_chestxray.",
-    citation="Minaee et al.: Deep-COVID, Medical Image Analysis 65, 2020; Irvin et al.: CheXpert, AAAI 2019; Cohen et "
-    "al.: COVID-19 image data collection, 2020.",
-    study="Train includes the generated images; test is also the validation set. In the study's repository, 37 of the "
-    "100 COVID-19 test images are also in train, and the generated images are not published. The configuration "
-    "oversampled generates new ones, one per file in train/covid. Due to a bug in the study, all are random "
-    "transforms of the last file that it read (here the last by name, since the study's order is unknown).",
-    clean="The original test split; val is cut from train by patient (COVID-19: the case or paper in the file name). "
-    "Generated images and train images with a near duplicate in test are removed.",
-    expected={
-        "default": {"train": (420, 2000), "test": (100, 3000)},
-        "oversampled": {"train": (242, 994), "test": (100, 1473)},
-    },
-)
+ABOUT = files.about("covid_xray_5k")
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:

@@ -14,27 +14,14 @@ from lungjax.data import splits
 from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts
+from lungjax.datasets.listing import Example, Listing, compare_counts
 
 CLASSES = ("Normal", "Pneumonia", "COVID-19")  # labels 0, 1, 2 of the official files
 
 EXTRA = ("age", "sex", "country")  # columns of metadata.csv that are kept
 
-# Slices and patients per class in the official tables (val and test of CT-1 are counted in the files). In the train
-# split of the other versions, the table counts 17 patients of TCIA twice, once per scan; here each counts once.
-_VAL2, _TEST2 = ((11842, 7400, 6244), (126, 190, 166)), ((12245, 7395, 6018), (126, 125, 175))
-_VAL3, _TEST3 = ((17570, 8008, 8147), (164, 202, 194)), ((17922, 7965, 7894), (164, 138, 201))
-EXPECTED: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {
-    "1": {
-        "train": ((27201, 22061, 12520), (144, 420, 300)),
-        "val": ((9107, 7400, 4529), (47, 190, 95)),
-        "test": ((9450, 7395, 4346), (52, 125, 116)),
-    },
-    "2a": {"train": ((35996, 25496, 82286), (321, 558, 1941)), "val": _VAL2, "test": _TEST2},
-    "2b": {"train": ((35996, 25496, 88467), (321, 558, 2697)), "val": _VAL2, "test": _TEST2},
-    "3a": {"train": ((35996, 26970, 294552), (321, 592, 3319)), "val": _VAL3, "test": _TEST3},
-    "3b": {"train": ((35996, 26970, 300733), (321, 592, 4075)), "val": _VAL3, "test": _TEST3},
-}
+ABOUT = files.about("covidx_ct")
+PATIENTS = files.ABOUT["covidx_ct_patients"]  # by version and split
 
 # File name -> patient (first group) and source. The prefix of COVID-CTset varies within a patient, so it is ignored.
 RULES = {
@@ -50,26 +37,6 @@ RULES = {
     r"(radiopaedia-\d+)-": "radiopaedia.org",
     r"(study_\d{4})-": "MosMedData",
 }
-
-ABOUT = About(
-    title="axial chest CT slices: normal, pneumonia, COVID-19, from eleven sources",
-    origin="https://www.kaggle.com/datasets/hgunraj/covidxct (1: 104,009 slices, 2a: 194,922, 3a: 425,024 or about 65 "
-    "GB, and the same again once prepared; 2b and 3b must be built from their sources)",
-    layout="The label files {train,val,test}_COVIDx_CT-3A.txt (filename class xmin ymin xmax ymax) and the folder "
-    "3A_images or 3A_images/3A_images with the PNG files, as on Kaggle, or splits/v3 and data/COVIDx_CT-3A, as in the "
-    "official repository; likewise for the other versions. Age, sex and country are kept as columns if metadata.csv "
-    "exists.",
-    licence="By source: CNCB CC BY 3.0 CN; TCIA, iCTCF, Stony Brook CC BY 4.0; LIDC-IDRI CC BY 3.0; COVID-CTset, STOIC "
-    "CC BY-NC 4.0; COVID-19-CT-Seg CC BY-NC-SA 4.0; Radiopaedia CC BY-NC-SA 3.0; MosMedData CC BY-NC-ND 3.0; "
-    "COVID-CT-MD unknown. Therefore, the complete set does not permit commercial use.",
-    citation="Gunraj et al.: COVIDNet-CT, Frontiers in Medicine 7, 2020; COVID-Net CT-2, Frontiers in Medicine 8, "
-    "2022.",
-    study="2a and 3a: the official split, resampled with replacement as in "
-    "AbdullahMakhdoom/COVIDNet-CT-Identification (seed 0): Normal and COVID-19 to the count of Pneumonia in train, "
-    "Normal and Pneumonia to the count of COVID-19 in val; test is unmodified. Other versions: the official split.",
-    clean="The official split, by patient. The sources are unevenly distributed over the splits.",
-    expected={config: {split: slices for split, (slices, _) in table.items()} for config, table in EXPECTED.items()},
-)
 
 # Classes that the study resampled, and the class whose count they were resampled to.
 RESAMPLED = {"train": ((0, 2), 1), "val": ((0, 1), 2)}
@@ -159,8 +126,7 @@ def compare_patients(examples: Sequence[Example], config: str) -> list[str]:
     """Returns the result of `compare_counts` for slices and for patients."""
     name = f"COVIDx CT-{config.upper()}"
     one_per_patient = list({(e.split, e.label, e.group): e for e in examples}.values())
-    patients = {split: counts for split, (_, counts) in EXPECTED[config].items()}
     return [
         *compare_counts(examples, CLASSES, ABOUT.expected[config], name, "slices"),
-        *compare_counts(one_per_patient, CLASSES, patients, name, "patients"),
+        *compare_counts(one_per_patient, CLASSES, PATIENTS[config], name, "patients"),
     ]

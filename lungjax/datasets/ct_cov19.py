@@ -11,29 +11,15 @@ from lungjax.data import splits
 from lungjax.data.folder_walk import is_hidden
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
+from lungjax.datasets.listing import Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("COV", "Normal", "OtherPneumonia")  # labels 0, 1, 2 of the study
 SCAN = "FILE001"  # prefix of the files of a folder with one scan, before the number of the slice
-GAP = 10  # file numbers of two scans are at least 18 apart, those of one scan at most 3
-LONGEST = 60  # file numbers in a group: runs have up to 56 (Test/OtherPneumonia), except in Normal, without gaps
+GAP = 10  # as in about.toml: file numbers of two scans are at least 18 apart, those of one scan at most 3
+LONGEST = 60  # numbers in a group, as in about.toml: runs have up to 56 (Test/OtherPneumonia), except in Normal
 TRAIN_TOTAL = 4404  # as printed in the study's notebooks; its images per class are not published
 
-ABOUT = About(
-    title="axial chest CT slices: COVID-19, normal, other pneumonia",
-    origin="https://github.com/m2dgithub/CT-COV19 (7,621 slices, JPEG and PNG, mostly 512 x 512; git clone or zip)",
-    layout="{Train,Val,Test}/{COV,Normal,OtherPneumonia}/GROUP/FILE, as in the repository; images may also be "
-    "directly in the class folder, as in Val/OtherPneumonia.",
-    licence="The repository states none: ask its author before you share images or use them commercially.",
-    citation="m2dgithub: CT-COV19, https://github.com/m2dgithub/CT-COV19, 2020.",
-    study="The original splits. They divide neighboring slices of a scan; some file names occur in several splits.",
-    clean="The original test split. Patients are not published. A folder of FILE001*.jpg (COV only) looks like one "
-    "scan and is a group. Every other folder contains several scans, even a numbered one such as Test/COV/30. There, a "
-    f"group is a run of file numbers, which ends at a gap of {GAP} or after {LONGEST} numbers. COV folders of the same "
-    "name in different splits are different scans. The original val images of OtherPneumonia were taken from the train "
-    "folder, so a new val split of this class is made, by group.",
-    expected={"original": {"val": (908, 388, 45), "test": (1130, 579, 167)}},
-)
+ABOUT = files.about("ct_cov19")
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:

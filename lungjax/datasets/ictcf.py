@@ -15,7 +15,7 @@ from lungjax.data import splits
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions, keras_generator
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
+from lungjax.datasets.listing import Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("nCT", "pCT", "niCT")  # labels 0, 1, 2 of the study; the archive spells the last NiCT
 TARGET = 9000  # images of each smaller class after the study's oversampling
@@ -23,26 +23,7 @@ ROTATION, SHIFT = 15.0, 0.1  # maximum for a generated image, in degrees and in 
 SEED = 25  # of both draws of the study
 FOLDERS = ("Original CT Scans/", "CT Scans/", "")
 
-ABOUT = About(
-    title="axial chest CT slices: COVID-negative, COVID-positive, non-informative (no lung)",
-    origin="https://www.kaggle.com/datasets/azaemon/preprocessed-ct-scans-for-covid19 (19,685 original slices, about "
-    "4 GB with the preprocessed ones, which are not needed)",
-    layout='"Original CT Scans/{nCT,pCT,NiCT}/FILE.jpg" as in the archive, or only the three folders, in any case.',
-    licence="CC BY 4.0, as stated on Kaggle.",
-    citation="Ning et al., Nature Biomedical Engineering 4, 1197-1207, 2020; A. Z. B. Aziz: CT Scans for COVID-19 "
-    "Classification, Kaggle, 2020.",
-    study="Scikit-learn's stratified train_test_split twice (seed 25, 70/20/10), by slice, after oversampling pCT and "
-    "niCT to 9,000 with rotated and shifted copies, so copies of one slice are in several splits. Only the "
-    "configuration oversampled has these copies. The study's file order is unpublished; here, names are ordered by "
-    "number.",
-    clean=f"Three new splits (70/15/15) by blocks of {files.BLOCK_SIZE} consecutive file numbers of a class, because "
-    "the names contain no patient ids; a patient's slices may be in two blocks. Generated copies are removed. iCTCF is "
-    "also part of COVIDx CT: do not test one with the other.",
-    expected={
-        "default": {"all": (9979, 4001, 5705)},
-        "oversampled": {"test": (998, 900, 900), "all": (9979, 9000, 9000)},
-    },
-)
+ABOUT = files.about("ictcf")
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:

@@ -3,6 +3,7 @@
 import functools
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from lungjax.data import splits
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions, nih_chestxray14
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts
+from lungjax.datasets.listing import Example, Listing, compare_counts
 
 SUBSETS = {
     "pneumonia": ("normal", "pneumonia"),
@@ -34,19 +35,9 @@ STUDY = {
     "organa": "the split is by CT scan",
 }
 
-ABOUT = About(
-    title="small images: pneumonia or not, 14 findings in chest X-rays (several per image), or organs in axial CT",
-    origin="https://zenodo.org/records/10519652 (pneumoniamnist.npz, 5,856 X-rays; chestmnist.npz, 112,120 X-rays; "
-    "organamnist.npz, 58,830 CT slices; 28 x 28 pixels, or the larger files ..._64.npz, _128 and _224)",
-    layout="The archive of the configuration, such as pneumoniamnist.npz for pneumonia and pneumoniamnist_224.npz for "
-    "pneumonia_224. The images are read into memory (chest_224: 5.6 GB).",
-    licence="CC BY 4.0.",
-    citation="Yang et al.: MedMNIST v2 - A large-scale lightweight benchmark, Scientific Data 10, 2023.",
-    study="The splits of the archives; patients are unknown, so each image counts as one. "
-    + " ".join(f"{name.capitalize()}: {text}." for name, text in STUDY.items()),
-    clean="The splits of the archives; an image is removed if a later split has a near duplicate.",
-    expected={"pneumonia": {"train": (1214, 3494), "val": (135, 389), "test": (234, 390)}},
-)
+ABOUT = files.about("medmnist")
+STUDY_OF_ALL = " ".join(f"{name.capitalize()}: {text}." for name, text in STUDY.items())
+ABOUT = replace(ABOUT, study=f"{ABOUT.study} {STUDY_OF_ALL}")
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:

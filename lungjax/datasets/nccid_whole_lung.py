@@ -12,7 +12,7 @@ from lungjax.data import splits
 from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
+from lungjax.datasets.listing import Example, Listing, compare_counts, complete_splits
 
 CLASSES = ("Others", "WholeLung")  # 0, 1 of the label file
 TABLE = "whole_lung_label.csv"
@@ -20,19 +20,7 @@ SEED = 42  # of both draws of the study
 # How the study cut its images. It does not state the window; the images in its notebook suggest about -990 to 380 HU.
 VOLUMES = {"hu_windows": ((-300.0, 1400.0),), "plane": "coronal", "position": "mid", "orientation": "rotated"}
 
-ABOUT = About(
-    title="mid-coronal CT images: whole lung or not",
-    origin="the National COVID-19 Chest Imaging Database (https://nhsx.github.io/covid-chest-imaging-database), on "
-    "application (4,773 JPEG images of 64 x 128, which the study cut itself; `folder` cuts such images from your "
-    "volumes: --plane=coronal --position=mid --hu_window=-300/1400)",
-    layout=f"One folder with the JPEG files and {TABLE} (image_name,whole_lung; 0 or 1).",
-    licence="The database's access agreement only; the study's repository has no license file.",
-    citation="NHSX: nccid-ct-slice-lung-classification, GitHub, 2021; Cushnan et al., GigaScience 10, 2021.",
-    study="Scikit-learn's train_test_split twice (seed 42, 70/15/15), by image; a series may be in several splits.",
-    clean="Three new splits by series (70/15/15), where a series is the file name without its last two numbers. The "
-    "names are pseudonyms, so two series of one patient are not recognized.",
-    expected={"default": {"test": (522, 194)}},
-)
+ABOUT = files.about("nccid_whole_lung")
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:

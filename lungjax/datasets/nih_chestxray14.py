@@ -7,7 +7,7 @@ from lungjax.config import nearest
 from lungjax.data.csv_table import read_table
 from lungjax.datasets import PrepareOptions
 from lungjax.datasets import source_files as files
-from lungjax.datasets.listing import About, Example, Listing, compare_counts, complete_splits
+from lungjax.datasets.listing import Example, Listing, compare_counts, complete_splits
 
 CLASSES = (
     *("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax"),
@@ -17,22 +17,9 @@ NO_FINDING = "No Finding"
 TABLES = ("Data_Entry_2017_v2020.csv", "Data_Entry_2017.csv")
 LISTS = {"train": "train_val_list.txt", "test": "test_list.txt"}
 COLUMNS = ("Image Index", "Finding Labels", "Patient ID", "Patient Age", "View Position")
-TOTALS = (11559, 2776, 13317, 19894, 5782, 6331, 1431, 5302, 4667, 2303, 2516, 1686, 3385, 227)  # images per finding
 EXPECTED = {"train": (86524, 28008), "test": (25596, 2797)}  # images and patients
 
-ABOUT = About(
-    title="frontal chest X-rays with 14 findings (several per image)",
-    origin="https://nihcc.app.box.com/v/ChestXray-NIHCC, or https://www.kaggle.com/datasets/nih-chest-xrays/data "
-    "(112,120 X-rays of 30,805 patients, about 42 GB)",
-    layout=f"{' or '.join(TABLES)}, {' and '.join(LISTS.values())}, and the images in the folder images, in "
-    "images_001/images to images_012/images, or in any other folders whose names start with images.",
-    licence="No restrictions of use; the NIH Clinical Center asks to be acknowledged as the source, with the citation.",
-    citation="Wang et al.: ChestX-ray8: Hospital-scale Chest X-ray Database and Benchmarks, CVPR 2017.",
-    study="The official lists, which split by patient. They do not divide train and val: val is 15/85 of the images of "
-    "train_val_list.txt, by patient, stratified by finding (--seed).",
-    clean="The splits of protocol=study, without the train images that have a near duplicate in val or test.",
-    expected={"default": {"all": TOTALS}},
-)
+ABOUT = files.about("nih_chestxray14")
 
 
 def listing(source: Path, config: str, options: PrepareOptions) -> Listing:

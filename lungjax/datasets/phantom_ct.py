@@ -13,7 +13,8 @@ import numpy as np
 from lungjax.data import labels
 from lungjax.data.imaging import images
 from lungjax.datasets import PrepareOptions
-from lungjax.datasets.listing import About, Example, Listing
+from lungjax.datasets import source_files as files
+from lungjax.datasets.listing import Example, Listing
 from lungjax.datasets.phantom import findings as lesions
 from lungjax.datasets.phantom import slices as phantom
 
@@ -25,14 +26,7 @@ UNKNOWN = 0.2  # of the labels of train patients with several findings
 SIZES = {"default": (360, 3), "tiny": (24, 2), "findings": (360, 3)}  # patients, slices per patient
 SHARES = (0.6, 0.15)  # of the patients of a class in train and val; the others are test
 
-ABOUT = About(
-    title="synthetic axial chest CT slices: normal, pneumonia, COVID-19; no download",
-    origin="none: lungjax draws the images on first use",
-    layout="No folder is needed; --seed draws other patients.",
-    licence="That of lungjax.",
-    citation="lungjax (lungjax/datasets/phantom/slices.py).",
-    clean="60 / 15 / 25 percent of the patients of each class; each class has the same share of every scanner.",
-)
+ABOUT = files.about("phantom_ct")
 
 
 def listing(source: Path | None, config: str, options: PrepareOptions) -> Listing:

@@ -1,18 +1,25 @@
-"""Reads downloaded data sets: paths regardless of case, lists, and groups from file names."""
+"""Reads downloaded data sets: descriptions, paths regardless of case, lists, and groups from file names."""
 
 import math
 import os
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from lungjax.data.folder_walk import list_files
 from lungjax.data.imaging import images
-from lungjax.datasets.listing import Example
+from lungjax.datasets.listing import About, Example
 
 Key = TypeVar("Key", str, Path)
-BLOCK_SIZE = 40  # consecutive file numbers in a block: roughly the slices of one scan in these data sets
+ABOUT = tomllib.loads(Path(__file__).with_name("about.toml").read_text("utf-8"))
+BLOCK_SIZE = 40  # consecutive file numbers in a block, as in about.toml: roughly the slices of one scan
+
+
+def about(name: str) -> About:
+    """Returns the description of a data set in about.toml."""
+    return About(**ABOUT[name])
 
 
 def find(source: Path, names: Sequence[str], what: str, hint: str = "") -> Path:

@@ -1,17 +1,8 @@
 """Novelty detection: a score that warns about out-of-distribution input, computed from the image alone.
 
-A classifier returns a class even for a photograph, another organ or a blank page. The novelty score resizes an image to
-64 x 64 pixels and computes three feature vectors: "intensity" (gray-level quantiles, black, white, the four borders),
-"detail" (local differences, aspect ratio, color), and "layout" (an 8 x 8 thumbnail normalized for brightness and
-contrast, a histogram of oriented gradients (Dalal and Triggs, CVPR 2005) and symmetry). For each vector it takes the
-Mahalanobis distance to the nearest cluster of training images, as SSD does (Sehwag et al., arXiv 2103.12051), with one
-regularized covariance for all clusters, in units of the 99th percentile of the validation images. The score is the
-power mean of the three distances; 1 % of the validation images score above 1.
-
-No network is involved, so the score is the same for every network of a data set and for every export. The Mahalanobis
-distance of network features (Lee et al., arXiv 1807.03888) detected fewer outliers of most kinds.
-tests/benchmarks/README.md has the comparison and the limits: images of another modality, mirrored images and unseen
-findings may score below 1.
+A classifier returns a class even for a photograph, another organ or a blank page. lungjax/evaluation/README.md
+describes the score; tests/benchmarks/README.md has a comparison and the limits: images of another modality, mirrored
+images and unseen findings may score below 1.
 """
 
 import math

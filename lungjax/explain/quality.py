@@ -1,13 +1,4 @@
-"""Quality of saliency maps: pointing game, deletion curve and sanity check, each compared with an uninformed map.
-
-- Pointing game (Zhang et al., IJCV 2018, arXiv 1608.00507), without tolerance: is the map's maximum on the lesion? Only
-  synthetic slices have lesion masks. Chance is the lesion's share of the image; `chance_in_lungs`, its share of the
-  lungs, is the result of a map that only highlights the lungs.
-- Deletion curve (Petsiuk et al., RISE, BMVC 2018, arXiv 1806.07421): the probability of the class as pixels are
-  replaced by the image's mean in the order of the map; a lower area under the curve is better.
-- Sanity check (Adebayo et al., NeurIPS 2018, arXiv 1810.03292): rank correlation with the map after shuffling weights,
-  of the head and of all layers. A map that does not change shows the image, not the network.
-"""
+"""Quality of saliency maps: pointing game, deletion curve and sanity check; see `lungjax/evaluation/README.md`."""
 
 import itertools
 import json

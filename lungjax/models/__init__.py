@@ -10,24 +10,22 @@ from flax import linen as nn
 
 from lungjax.config import ModelConfig, nearest
 from lungjax.models import trees
-from lungjax.models.bit import BIT
 from lungjax.models.convnext import CONVNEXT
 from lungjax.models.densenet import DENSENET
 from lungjax.models.efficientnet import EFFICIENTNET, EFFICIENTNETV2
 from lungjax.models.head import output_count, with_defaults
 from lungjax.models.mobilenet import MOBILENET, MOBILENETV2
 from lungjax.models.mobilenetv3 import MOBILENETV3
-from lungjax.models.resnet import RESNET
+from lungjax.models.resnet import BIT, RESNET
 from lungjax.models.squeezenet import SQUEEZENET
-from lungjax.models.transfusion import TRANSFUSION
+from lungjax.models.transfusion import TRANSFUSION, XRAY_CNN
 from lungjax.models.vgg import VGG
-from lungjax.models.xray_cnn import XRAY
 
 # Constructors by name; without arguments each returns the published network with 1000 classes. The name of a family is
-# also that of its module in `weights.name_rules`.
+# also that of its tables in weights/name_rules.toml.
 FAMILIES: dict[str, Mapping[str, Callable[[], Any]]] = {
     "transfusion": TRANSFUSION,
-    "xray_cnn": XRAY,
+    "xray_cnn": XRAY_CNN,
     "efficientnet": EFFICIENTNET,
     "efficientnetv2": EFFICIENTNETV2,
     "resnet": RESNET,

@@ -1,4 +1,4 @@
-"""ResNet (He et al., CVPR 2016, arXiv 1512.03385) and ResNetV2 (ECCV 2016, arXiv 1603.05027).
+"""ResNet (He et al., CVPR 2016, arXiv 1512.03385), ResNetV2 (ECCV 2016, arXiv 1603.05027) and BiT.
 
 Three architectures share these names, each with its own weights. In Keras v1, as in the paper, the first 1x1
 convolution of a stage has its stride, and every convolution has a bias. In torch ("v1.5"; also ResNet18 and 34), the
@@ -6,6 +6,11 @@ first 3x3 convolution has the stride, and no convolution has a bias. In Keras V2
 convolution, the last block of a stage has its stride, and convolutions without a norm after them have a bias. Parameter
 shapes do not depend on strides, so weights of another architecture load without an error. Padding is always symmetric.
 The CIFAR variants, for images of about 32 pixels, are torch's with a 3x3 stem of stride 1 and without the first pool.
+
+BiT, "Big Transfer" (Kolesnikov et al., ECCV 2020, arXiv 1912.11370), is a wide ResNetV2 with GroupNorm. As in the
+released code (github.com/google-research/big_transfer), kernels are standardized (arXiv 1903.10520) with epsilon 1e-10
+inside the square root (timm: 1e-8), convolutions have no bias, and each stage applies its stride in the 3x3 convolution
+of its first block. A new head is initialized with zeros.
 """
 
 from functools import partial
@@ -15,6 +20,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from lungjax.config import HeadConfig
 from lungjax.models.head import NORMS
 from lungjax.models.layers import BatchNorm, Conv, Initializer, Layer, max_pool
 from lungjax.models.network import Network
@@ -154,4 +160,16 @@ RESNET = {
     "resnet50v2": partial(keras_v2, R50),
     "resnet101v2": partial(keras_v2, R101),
     "resnet152v2": partial(keras_v2, R152),
+}
+
+BiT = partial(
+    ResNet, preact=True, group_norm=True, standardize=1e-10, kernel_init=KERAS_INIT, head=HeadConfig(zero_init=True)
+)
+BIT = {
+    "bit_r50x1": partial(BiT, R50),
+    "bit_r101x1": partial(BiT, R101),
+    "bit_r50x3": partial(BiT, R50, width=3 * 64),
+    "bit_r101x3": partial(BiT, R101, width=3 * 64),
+    "bit_r152x2": partial(BiT, R152, width=2 * 64),
+    "bit_r152x4": partial(BiT, R152, width=4 * 64),
 }

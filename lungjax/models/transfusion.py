@@ -1,4 +1,4 @@
-"""The CBR networks of "Transfusion" (Raghu et al., NeurIPS 2019, arXiv 1902.07208), and the CNNs of CT-COV19.
+"""The CBR networks of "Transfusion" (Raghu et al., NeurIPS 2019, arXiv 1902.07208), and small CNNs of two studies.
 
 A block is convolution, batch norm, ReLU ("CBR") and max pool of stride 2; one dense layer follows the global mean.
 The paper does not specify the padding; the default is "valid" as in CT-COV19 (github.com/marta-0/covid-ct). As in that
@@ -72,3 +72,9 @@ TRANSFUSION = {
     # The "Simple" network of CT-COV19.
     "simple": partial(Transfusion, 3, (16, 32, 64), pool=2, norm=False, head=HeadConfig(pool="max", hidden=(32,))),
 }
+# The network of the COVID X-ray study (github.com/Mithunjack/covid-19-xay-image-classification); 422,177 parameters
+# for images of 256 x 256 x 3. The study's code passes positional arguments of an older Keras, which were read as kernel
+# 3 and stride 3 in training; its last run disabled the dropout of 0.25. The single logit is for the study's second
+# class, "non" (`head.output=sigmoid`, `head.positive_class=non`).
+XRAY_HEAD = HeadConfig(pool="flatten", hidden=(256,))
+XRAY_CNN = {"xray_cnn": partial(Transfusion, 3, (64, 32), stride=3, pool=2, norm=False, head=XRAY_HEAD)}

@@ -16,7 +16,7 @@ PACKAGES = ("lungjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "gr
 def code() -> str:
     """Returns a digest of the source files of lungjax, 64 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.toml")]):
         digest.update(str(path.relative_to(PACKAGE)).encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -10,7 +10,7 @@ import os
 import secrets
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -51,31 +51,29 @@ def error_response(error: UploadError) -> JSONResponse:
 
 
 class Repeated:
-    """Counts an event that clients can repeat at will, so that it is reported once per interval."""
+    """Counts events that clients can repeat at will, so that each kind of them is reported once per interval."""
 
     def __init__(self) -> None:
-        self.count, self.next_report = 0, 0.0
+        self.counts: Counter[str] = Counter()
+        self.next_report: dict[str, float] = {}
 
-    def add(self) -> int:
-        """Counts an event; returns the number of events to report now, or 0."""
-        self.count += 1
+    def add(self, kind: str = "") -> int:
+        """Counts an event; returns the number of events of its kind to report now, or 0."""
+        self.counts[kind] += 1
         now = time.monotonic()
-        if now < self.next_report:
+        if now < self.next_report.get(kind, 0.0):
             return 0
-        count, self.count, self.next_report = self.count, 0, now + LOG_SECONDS
-        return count
+        self.next_report[kind] = now + LOG_SECONDS
+        return self.counts.pop(kind)
 
 
-class LoopErrors:
+class LoopErrors(Repeated):
     """Handler for errors in the event loop, as when there are no file descriptors for new connections."""
-
-    def __init__(self) -> None:
-        self.repeated: defaultdict[str, Repeated] = defaultdict(Repeated)
 
     def __call__(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Reports each type of error once per interval, like `describe`."""
         error = context.get("exception")
-        if count := self.repeated[type(error).__name__].add():
+        if count := self.add(type(error).__name__):
             LOG.error("event loop, %d times: %s", count, context["message"] if error is None else describe(error))
 
 

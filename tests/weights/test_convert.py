@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from lungjax.weights.convert import Rules, convert
+from lungjax.weights.convert import Rule, Rules, convert
 
-KERAS = Rules(layers=((r"(conv\d|bn|dense)", r"\1"), (r"odd(\d)", lambda match: f"conv{int(match[1]) + 1}")))
+KERAS = Rules(layers=(Rule(r"(conv\d|bn|dense)", r"\1"), Rule(r"odd(\d)", "conv<1+1>")))
 
 
 def numbers(*shape):

@@ -109,26 +109,18 @@ def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
 
 
-def _product_save(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, Any]:
-    return product(x, kernel), (x, kernel)
-
-
 def _product_gradients(saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
     cells = tuple(range(x.ndim - 1))
     return product(dy, kernel.T), lax.dot_general(x, dy, ((cells, cells), ((), ())))
 
 
-product.defvjp(_product_save, _product_gradients)
+product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_gradients)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _convolve(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     return cpu_or_default(x, kernel, cpu=_forward, default=plain_conv, strides=strides, pads=pads)
-
-
-def _save(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
-    return _convolve(x, kernel, strides, pads), (x, kernel)
 
 
 def _gradients(strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -140,7 +132,7 @@ def _gradients(strides: Pair, pads: Pads, saved: Any, dy: jax.Array) -> tuple[ja
     return dx, cpu_or_default(x, kernel, dy, strides=strides, pads=pads, **forms)
 
 
-_convolve.defvjp(_save, _gradients)
+_convolve.defvjp(lambda x, kernel, *options: (_convolve(x, kernel, *options), (x, kernel)), _gradients)
 
 
 def _is_depthwise(x: jax.Array, kernel: jax.Array) -> bool:

@@ -34,16 +34,12 @@ def _window_max(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> jax.Ar
     return functools.reduce(lax.max, [part for _, _, part in slices(conv.pad(x, pads, -jnp.inf), window, strides)])
 
 
-def _window_max_save(x: jax.Array, window: Pair, strides: Pair, pads: Pads) -> tuple[jax.Array, Any]:
-    return window_max(x, window, strides, pads), x
-
-
 def _window_max_gradient(window: Pair, strides: Pair, pads: Pads, x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
     options = {"window": window, "strides": strides, "pads": pads}
     return (cpu_or_default(x, dy, cpu=_window_max_dx, default=_plain_window_max_dx, **options),)
 
 
-window_max.defvjp(_window_max_save, _window_max_gradient)
+window_max.defvjp(lambda x, *options: (window_max(x, *options), x), _window_max_gradient)
 
 
 def _plain_window_max_dx(x: jax.Array, dy: jax.Array, **options: Any) -> jax.Array:
@@ -81,10 +77,6 @@ def _avg_pool(x: jax.Array) -> jax.Array:
     return (total / 4).astype(x.dtype)
 
 
-def _avg_pool_save(x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return avg_pool_2x2(x), (x[:, :1], x[:, :, :1])  # only their shapes are used
-
-
 def _avg_pool_gradient(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array]:
     height, width = saved[1].shape[1], saved[0].shape[2]
     batch, rows, columns, channels = dy.shape
@@ -94,4 +86,5 @@ def _avg_pool_gradient(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tup
     return (conv.pad(full, ((0, height - 2 * rows), (0, width - 2 * columns))),)
 
 
-avg_pool_2x2.defvjp(_avg_pool_save, _avg_pool_gradient)
+# Of the saved parts, only the shapes are used.
+avg_pool_2x2.defvjp(lambda x: (avg_pool_2x2(x), (x[:, :1], x[:, :, :1])), _avg_pool_gradient)
