@@ -93,6 +93,7 @@ def compare(runs: Sequence[Path], split: str = "test", names: Sequence[str] | No
 
 def _metrics(a: Predictions, names: Sequence[str] | None, split: str) -> list[str]:
     """Returns the names of the metrics to compare. Raises ValueError for an unknown one."""
+    available = metrics.numbers(metrics.unit_levels(a))
     if names is None:
         rates = (
             ("recall", "auc") if len(a.classes) > 2 or a.multilabel else ("recall",)
@@ -100,8 +101,8 @@ def _metrics(a: Predictions, names: Sequence[str] | None, split: str) -> list[st
         per_class = (f"per_class.{name}.{rate}" for rate in rates for name in a.classes)
         units = bootstrap.UNITS if len(np.unique(metrics.patient_keys(a))) < len(a) else ("slice",)
         names = [f"{unit}.{name}" for unit, name in itertools.product(units, (*DEFAULT_METRICS, *per_class))]
+        names = [name for name in names if name in available]
     names = [name.removeprefix(f"{split}.") for name in names]  # as in report.json
-    available = metrics.numbers(metrics.unit_levels(a))
     for name in names:
         if name not in available:
             raise ValueError(f"unknown metric {name!r}; {nearest(name, available)}")
