@@ -71,7 +71,8 @@ class Metadata:
         tree = dataclasses.asdict(self)
         if self.novelty is not None:
             tree["novelty"] = {key: self.novelty.get(key) for key in ("false_alarms", "detection")}
-        return tree | {"notice": NOTICE, "members": [member.public() for member in self.members]}
+        members = [member.public() for member in self.members]
+        return tree | {"multilabel": self.multilabel, "notice": NOTICE, "members": members}
 
     @property
     def multilabel(self) -> bool:

@@ -113,6 +113,8 @@ def test_numbers_are_equal_everywhere(trained, tmp_path, monkeypatch, capsys):
         assert commands.run(predict, given, *files, f"--out={out}", positional=("PATH...",)) == 0
         assert commands.run(export, given, f"--out={out}") == 0
         np.testing.assert_allclose(lungjax.load(out / "model.pyz").predict(files), mean, atol=2e-6)
+        plain = np.mean([special.expit(lungjax.load(path).logits(files)) for path in paths], axis=0)
+        np.testing.assert_allclose(special.expit(lungjax.load(paths).logits(files)), plain, atol=2e-6)
         lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
         with running(replace(lungjax.load(paths), batch_size=4)) as service:
             lines += service.post("/predict", *((file.name, file.read_bytes()) for file in files))[1]["results"]

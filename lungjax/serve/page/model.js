@@ -42,10 +42,12 @@ export const isSynthetic = (model) => /^phantom_ct\b/.test(model.dataset ?? "");
 
 // One line for the head of the page.
 export function summary(model) {
-  const images = Object.values(model.counts?.train ?? {}).filter(isNumber).reduce((a, b) => a + b, 0);
+  // An image may have several findings, so their counts do not add up to the number of images.
+  const counts = model.multilabel ? [] : Object.values(model.counts?.train ?? {}).filter(isNumber);
+  const images = counts.reduce((a, b) => a + b, 0);
   const from = images ? `${plural(images, "image")} of ${model.dataset}` : model.dataset;
   const names = `${model.classes.slice(0, -1).join(", ")} and ${model.classes.at(-1)}`;
-  return `Classifies ${names}. Trained on ${from}.`;
+  return `${model.multilabel ? "Finds" : "Classifies"} ${names}. Trained on ${from}.`;
 }
 
 function intended(model) {
