@@ -47,10 +47,11 @@ def checklist(run: Path, standard: str) -> str:
     config, report = overrides.read(run / "config.json"), json.loads((run / "report.json").read_text("utf-8"))
     tested = {path.parent.name: json.loads(path.read_text("utf-8")) for path in run.glob("external/*/report.json")}
     answers = answer(config, report, {name: tested[name]["test"] for name in sorted(tested)})
-    rows, missing = [], 0
+    rows, full, partial = [], 0, 0
     for number, section, request, keys, remaining in STANDARDS[standard]["items"]:
         found = [key for key in keys.split() if answers[key]]
-        missing += not found
+        full += bool(found) and not remaining
+        partial += bool(found and remaining)
         rest = f"{AUTHORS}: {remaining}" if found and remaining else "" if found else AUTHORS
         texts, places = dict.fromkeys(answers[key] for key in found), dict.fromkeys(ANSWERS[key][0] for key in found)
         rows.append([number, section, request, "; ".join(texts), "; ".join(places), rest])
@@ -60,7 +61,8 @@ def checklist(run: Path, standard: str) -> str:
         standard=STANDARDS[standard],
         run=run,
         name=report["name"],
-        filled=len(rows) - missing,
+        full=full,
+        partial=partial,
         items=templating.Table(head, rows, text=True),
     )
 
@@ -70,6 +72,8 @@ def answer(config: Config, report: Mapping[str, Any], external: Mapping[str, Any
     facts, test = report["facts"], report["test"]
     columns = facts.get("characteristics", {}).get("all", {}).get("columns", {})
     unknown = {name: values.get("unknown", 0) + values.get("missing", 0) for name, values in columns.items()}
+    patients, level = context.tested_patients(report), test["slice"]
+    excluded = count(patients - test["patient"]["n"], "test patient") if patients > test["patient"]["n"] else ""
     values = {
         "config": config,
         "report": report,
@@ -77,9 +81,12 @@ def answer(config: Config, report: Mapping[str, Any], external: Mapping[str, Any
         "external": external,
         "augmentation": [f"{k}={v}" for k, v in context.changed(config.augment, AugmentConfig()).items()],
         "controls": context.CONTROLS,
-        "metrics": context.METRICS.values(),
-        "subgroups": [f"{name} ({len(groups)} values)" for name, groups in test["subgroups"].items()],
-        "tested": f"{count(test['slice']['n'], report['unit'])} of {count(test['patient']['n'], 'patient')} in test",
+        "metrics": [context.words(report, words) for name, words in context.METRICS.items() if name in level],
+        "sources": columns.get("source", {}),
+        "subgroups": [f"{name} ({', '.join(groups)})" for name, groups in test["subgroups"].items()],
+        "tested": f"{count(level['n'], report['unit'])} of {count(patients, 'patient')} in test",
+        "excluded": f"{excluded}, with images of several classes, excluded from scores per patient" if excluded else "",
+        "unlabeled": {name: level["n"] - v["known"] for name, v in level["per_class"].items() if "known" in v},
         "unknown": {name: n for name, n in unknown.items() if n},
     }
     environment = jinja2.Environment(undefined=jinja2.ChainableUndefined)
@@ -93,7 +100,7 @@ def answer(config: Config, report: Mapping[str, Any], external: Mapping[str, Any
 
 def _scores(level: Mapping[str, Any]) -> str:
     scores = [f"{words} {context.number(level, name)}" for name, words in context.HEADLINE.items()]
-    return f"{count(level['n'], 'example')}: {', '.join(scores)}"
+    return ", ".join(scores)
 
 
 def _counts(numbers: Mapping[str, int] | None) -> str:

@@ -74,7 +74,9 @@ def compare(runs: Sequence[Path], split: str = "test", names: Sequence[str] | No
         tables.append(templating.Table(head, rows, f"{x} against A: paired bootstrap"))
         rows = [_test_row(name, x, t, adjusted[1][x, name]) for name in names if (t := tests.get((x, name)))]
         head = ["metric", "test", "result", "p", "p, Holm"]
-        tables += [templating.Table(head, rows, f"{x} against A: tests", text=True)] if rows else []
+        tables += (
+            [templating.Table(head, rows, f"{x} against A: DeLong's and McNemar's tests", text=True)] if rows else []
+        )
     return templating.render(
         "compare.md.j2",
         runs={

@@ -4,12 +4,13 @@ Prints the patients that a test set needs for an expected AUC, sensitivity or sp
 
     python -m lungjax.power --auc=0.85 --positives=100 --width=0.1           # the negatives needed
     python -m lungjax.power --auc=0.85 --positives=50 --negatives=100        # the width
-    python -m lungjax.power --sensitivity=0.9 --width=0.1                    # the positives needed
+    python -m lungjax.power --sensitivity=0.9 --width=0.1 --prevalence=0.3   # the positives needed, and all patients
     python -m lungjax.power --specificity=0.9 --negatives=200                # the width
 
 The interval of the AUC is AUC +- 1.96 standard errors with the variance of Hanley and McNeil (Radiology 143:29, 1982);
 that of a proportion is Wilson's (J. Am. Stat. Assoc. 22:209, 1927). Both assume independent patients: if patients have
-several images, count patients.
+several images, count patients. The width is that at the expected value; in about half of studies, it is larger. This
+plans the precision of one estimate, not the power of a comparison.
 """
 
 import bisect
@@ -33,7 +34,9 @@ def define_flags() -> None:
     flags.DEFINE_float("sensitivity", None, "Expected sensitivity, a proportion of the positives.")
     flags.DEFINE_float("specificity", None, "Expected specificity, a proportion of the negatives.")
     flags.DEFINE_float("width", None, "Width of the 95 % interval; without it, the width is computed.")
-    flags.DEFINE_float("prevalence", None, "Share of positives, if --auc and --width are given alone; default: 0.5.")
+    flags.DEFINE_float(
+        "prevalence", None, "Share of positives, unless both numbers are given; default with --auc: 0.5."
+    )
     flags.DEFINE_integer("positives", None, "Number of patients with the finding.", lower_bound=1)
     flags.DEFINE_integer("negatives", None, "Number of patients without it.", lower_bound=1)
 
@@ -56,7 +59,7 @@ def plan(given: Mapping[str, float]) -> str:
             raise ValueError(f"--{name}={given[name]:g}: expected a number above 0 and below 1")
     known = {name: int(given[name]) for name in COUNTS[metric] if name in given}
     missing = [name for name in COUNTS[metric] if name not in known]
-    prevalence = ["prevalence"] if len(missing) == 2 else []
+    prevalence = ["prevalence"] if metric != "auc" or len(missing) == 2 else []
     unused = given.keys() - {metric, "width", *COUNTS[metric], *prevalence}
     if unused:
         raise ValueError(f"--{min(unused)} has no effect with {', '.join(f'--{name}' for name in (metric, *known))}")
@@ -83,12 +86,20 @@ def plan(given: Mapping[str, float]) -> str:
     result, (low, high) = numbers(n), interval(metric, given[metric], numbers(n))
     patients = " and ".join(f"{count:,} {name}" for name, count in result.items())
     patients += f" ({sum(result.values()):,} patients)" if len(result) > 1 else ""
+    if metric != "auc" and "prevalence" in given:
+        share = given["prevalence"] if metric == "sensitivity" else 1 - given["prevalence"]
+        every = math.ceil(sum(result.values()) / share - 1e-9)
+        patients += f" (of {every:,} patients at a prevalence of {given['prevalence']:g})"
+    elif len(missing) == 2:
+        patients += f" at a prevalence of {1 / (odds + 1):g}"
+    poor = " (the normal approximation is poor: its interval exceeds 0 to 1)" if high > 1 or low < 0 else ""
+    ends = f"{max(low, 0):.3f} to {min(high, 1):.3f}{poor}"
     name = metric.replace("auc", "AUC")
-    return f"{name} {given[metric]:g}, {patients}: 95 % interval {low:.3f} to {high:.3f}, width {high - low:.3f}"
+    return f"{name} {given[metric]:g}, {patients}: 95 % interval {ends}, width {high - low:.3f}"
 
 
 def interval(metric: str, value: float, counts: Mapping[str, int]) -> tuple[float, float]:
-    """Returns the expected 95 % interval; that of an AUC near 1 may exceed 1."""
+    """Returns the expected 95 % interval; that of an AUC may exceed 0 to 1, where the approximation is poor."""
     if metric != "auc":
         (n,) = counts.values()
         low, high = bootstrap.wilson(value * n, n)

@@ -65,6 +65,6 @@ def test_values_of_answers(run):
     other = run / "external" / "hospital"
     other.mkdir(parents=True)
     (other / "report.json").write_text((run / "report.json").read_text())
-    assert rows(checklist.checklist(run, "claim"))["33"][2].startswith("hospital, 60 examples: AUC")
+    assert rows(checklist.checklist(run, "claim"))["33"][2].startswith("hospital, 60 images: AUC")
     with pytest.raises(ValueError, match="finished run"):
         checklist.checklist(run / "plots", "claim")

@@ -38,6 +38,15 @@ def test_patients_for_a_width():
         assert numbers(**{metric: 0.9, kind: 100})[1] == pytest.approx(ends[1].high - ends[1].low, abs=6e-4)
 
 
+def test_all_patients_and_limits():
+    assert "(of 470 patients at a prevalence of 0.3)" in power.plan(
+        {"sensitivity": 0.9, "width": 0.1, "prevalence": 0.3}
+    )
+    assert "at a prevalence of 0.5" in power.plan({"auc": 0.85, "width": 0.1})
+    text = power.plan({"auc": 0.98, "positives": 10, "negatives": 10})
+    assert "0.915 to 1.000 (the normal approximation is poor" in text and text.endswith("width 0.131")
+
+
 def test_command(capsys):
     assert commands.run(power, "--auc=0.85", "--positives=40", "--negatives=40") == 0
     assert "AUC 0.85, 40 positives and 40 negatives (80 patients)" in capsys.readouterr().out

@@ -6,9 +6,10 @@ with more than two classes, the AUC of a class do. Reports, predictions_SPLIT.cs
 exports all use the probabilities softmax(logits / T). Each finding of images with several has a temperature of its own,
 and the probability sigmoid(logit / T).
 
-The slope and the intercept of each class are those of the logistic regression of "is of the class" on the log odds of
-its probability (Cox, Biometrika 45:562, 1958). Perfect calibration has slope 1 and intercept 0; a slope below 1 means
-probabilities that are too extreme. With two classes, both have the same slope, and intercepts of opposite sign.
+The slope of each class is that of the logistic regression of "is of the class" on the log odds of its probability (Cox,
+Biometrika 45:562, 1958); below 1, probabilities are too extreme. The intercept is calibration-in-the-large: that of the
+same regression with the slope fixed at 1 (Van Calster et al., BMC Medicine 17:230, 2019); above 0, probabilities are
+too low on average. With two classes, both have the same slope, and intercepts of opposite sign.
 """
 
 from dataclasses import replace
@@ -86,12 +87,12 @@ def bins(predictions: Predictions) -> list[dict[str, Any]]:
 
 
 def recalibration(predictions: Predictions, draws: int = 2000) -> dict[str, dict[str, Any]]:
-    """Returns {slope, intercept, intervals} by class.
+    """Returns {slope, intercept, intervals} by class; see the module's docstring.
 
-    Slope and intercept are None without overlap between the log odds of the class and of the others, where the slope is
-    infinite. `intervals`, {name: [low, high]}, are from a bootstrap over patients, and are missing unless
-    `bootstrap.MIN_PATIENTS` have the class, and as many do not. In its draws, more than POINTS examples are grouped by
-    rank, with the mean log odds of the group.
+    The slope is None without overlap between the log odds of the class and of the others, where it is infinite; both
+    are None if all or no examples are of the class. `intervals`, {name: [low, high]}, are from a bootstrap over
+    patients. They are missing unless `bootstrap.MIN_PATIENTS` have the class, and as many do not, and if a limit is
+    infinite. In its draws, more than POINTS examples are grouped by rank, with the mean log odds of the group.
     """
     if predictions.multilabel:
         return {name: recalibration(own, draws)[name] for name, (own, _) in binary(predictions).items()}
@@ -104,24 +105,29 @@ def recalibration(predictions: Predictions, draws: int = 2000) -> dict[str, dict
         result[name] = {"slope": None, "intercept": None, "intervals": {}}
         if min(positive.sum(), (~positive).sum()) == 0:
             continue
-        if x[positive].min() >= x[~positive].max() or x[~positive].min() >= x[positive].max():
-            continue
-        fit = _logistic(x, positive[:, None], np.ones((len(x), 1)), np.zeros((2, 1)), 50)
-        if not np.isfinite(fit).all():
-            continue
-        values = dict(zip(("intercept", "slope"), fit[:, 0].tolist(), strict=True))
+        every = np.ones((len(x), 1))
+        fits = {"intercept": (_intercept, _intercept(x, positive[:, None], every, np.zeros(1), 50))}
+        if x[positive].min() < x[~positive].max() and x[~positive].min() < x[positive].max():
+            fit = _logistic(x, positive[:, None], every, np.zeros((2, 1)), 50)
+            if np.isfinite(fit[1, 0]):
+                fits["slope"] = (lambda *args: _logistic(*args)[1], fit)
+        values = {key: float(start.ravel()[-1]) for key, (_, start) in fits.items()}
         result[name] |= values
         if min(len(np.unique(member[side])) for side in (positive, ~positive)) < bootstrap.MIN_PATIENTS or not draws:
             continue
         group = np.argsort(np.argsort(x, kind="stable")) * size // len(x)
         x = np.bincount(group, x) / np.bincount(group)
-        of_class, every = (
+        of_class, images = (
             sparse.csr_matrix((n, (group, member)), (size, len(keys))) for n in (1.0 * positive, np.ones(len(p)))
         )
-        blocks = bootstrap.resample_patients(len(keys), draws, 256)
-        samples = [_logistic(x, of_class @ counts, every @ counts, fit, 6) for counts in blocks]
-        for key, own in zip(values, np.concatenate(samples, axis=1), strict=True):
-            if (ends := bootstrap.interval(own, values[key])) is not None:
+        samples: dict[str, list[np.ndarray]] = {key: [] for key in fits}
+        for counts in bootstrap.resample_patients(len(keys), draws, 256):
+            for key, (function, start) in fits.items():
+                samples[key].append(function(x, of_class @ counts, images @ counts, start, 6))
+        for key, own in samples.items():
+            with np.errstate(invalid="ignore"):
+                ends = bootstrap.interval(np.concatenate(own), values[key])
+            if ends is not None and np.isfinite(ends).all():
                 result[name]["intervals"][key] = list(ends)
     return result
 
@@ -138,10 +144,22 @@ def summary(test: Predictions, temperature: Temperature | None, draws: int = 200
     return result
 
 
+def _intercept(x: np.ndarray, hits: np.ndarray, n: np.ndarray, start: np.ndarray, steps: int) -> np.ndarray:
+    """Returns the intercepts [D] of logistic regressions whose slope on `x` is 1; arguments as in `_logistic`."""
+    a, x = start, x[:, None]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for _ in range(steps):
+            q = special.expit(a + x)
+            step = (n * q - hits).sum(axis=0) / (n * q * (1 - q)).sum(axis=0)
+            a = a - np.clip(step, -2, 2)  # certain predictions would cause long steps
+    return a
+
+
 def _logistic(x: np.ndarray, hits: np.ndarray, n: np.ndarray, start: np.ndarray, steps: int) -> np.ndarray:
     """Returns intercept and slope [2, D] of D logistic regressions on `x` [N], by Newton's method from `start`.
 
-    `n` [N, D] are the numbers of examples at each point, and `hits` those of the class.
+    `n` [N, D] are the numbers of examples at each point, and `hits` those of the class. Without convergence, as if `x`
+    separates the class from the others, the slope is infinite.
     """
     (a, b), x = start, x[:, None]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -151,8 +169,9 @@ def _logistic(x: np.ndarray, hits: np.ndarray, n: np.ndarray, start: np.ndarray,
             g0, g1 = error.sum(axis=0), (error * x).sum(axis=0)
             h00, h01, h11 = ((weight * power).sum(axis=0) for power in (1, x, x**2))
             scale = h00 * h11 - h01**2
-            a, b = a - (h11 * g0 - h01 * g1) / scale, b - (h00 * g1 - h01 * g0) / scale
-    return np.stack([a, b])
+            step = (h00 * g1 - h01 * g0) / scale
+            a, b = a - (h11 * g0 - h01 * g1) / scale, b - step
+        return np.stack([a, np.where(np.abs(step) <= 1e-3 * np.maximum(1, np.abs(b)), b, np.inf)])
 
 
 def _logits(p: Predictions) -> np.ndarray:

@@ -22,7 +22,7 @@ example-class pairs into one two-class problem. `balanced_accuracy` is the mean 
 
 With several findings per image, every metric is the mean over the findings of the metric of "finding or not" among the
 images with a known label; precision, recall, specificity, npv, f1, AUC and average precision are those of the finding.
-There are no `_weighted`, `_micro` and `study` metrics.
+There are no `_weighted`, `_micro` and `study` metrics, and the Brier score is that of the finding, 0..1.
 
 An undefined metric is None: the recall of a class without examples, the precision of a class never predicted, an AUC or
 average precision without positives or negatives. Means are over the classes with a defined metric, or None if there
@@ -162,6 +162,7 @@ def over_findings(levels: Sequence[Level], names: Sequence[str]) -> Level:
     per_class = {name: level["per_class"][name] for name, level in zip(names, levels, strict=True)}
     for name, level in zip(names, levels, strict=True):
         per_class[name] = {k: per_class[name][k] for k in PER_CLASS} | {k: level[k] for k in OVERALL}
+        per_class[name]["brier"] = level["brier"] / 2  # of the finding, not also of its absence
     means = {k: _mean(np.stack([values[k] for values in per_class.values()], axis=-1)) for k in (*OVERALL, *PER_CLASS)}
     return {k: means[k] for k in OVERALL} | {f"{k}_macro": means[k] for k in PER_CLASS} | {"per_class": per_class}
 

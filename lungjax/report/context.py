@@ -30,7 +30,7 @@ METRICS = {
     "f1_weighted": "F1, weighted by class size",
     "loss": "cross-entropy",
     "ece": "expected calibration error",
-    "brier": "Brier score",
+    "brier": "Brier score, sum over classes",
 }
 SHORT_METRICS = {
     "accuracy": "accuracy", "balanced_accuracy": "balanced accuracy", "auc_macro": "AUC", "auc": "AUC", "f1": "F1",
@@ -87,6 +87,7 @@ def build(
         "report": report,
         "run": facts,
         "unit": unit,
+        "patients": tested_patients(report),
         "headline": headline(report),
         "results": _results(config, report, unit),
         "mistakes_figure": figures.pop("mistakes.png", None),
@@ -113,14 +114,21 @@ def headline(report: Mapping[str, Any]) -> dict[str, dict[str, Number]]:
     """Returns the main test scores by level and name: {"On 40 test slices": {"accuracy": ...}}."""
     return {
         f"On {count(level['n'], f'test {noun}')}": {
-            _words(report, words): number(level, name) for name, words in HEADLINE.items()
+            words(report, title): number(level, name) for name, title in HEADLINE.items()
         }
         for noun, level in distinct_levels(report["test"], report["unit"]).items()
     }
 
 
-def _words(report: Mapping[str, Any], words: str) -> str:
-    return words.replace("classes", "findings") if report["multilabel"] else words
+def words(report: Mapping[str, Any], name: str) -> str:
+    """Returns the name of a metric in the terms of the report: its classes may be findings."""
+    return name.replace("sum over", "mean over").replace("classes", "findings") if report["multilabel"] else name
+
+
+def tested_patients(report: Mapping[str, Any]) -> int:
+    """Returns the number of test patients, with those that have images of several classes and no patient score."""
+    patient = report["test"]["patient"]
+    return int(patient["n"] + (0 if report["multilabel"] else patient["mixed_groups"]))
 
 
 def distinct_levels(levels: Mapping[str, Any], unit: str) -> dict[str, Any]:
@@ -151,7 +159,7 @@ def _results(config: Config, report: Mapping[str, Any], unit: str) -> list[Table
     }
     rows: list[list[Any]] = [["examples", *(level["n"] for level in columns.values())]]
     names = {name: words for name, words in METRICS.items() if name in test["slice"]}
-    rows += [[_words(report, w), *(number(level, name) for level in columns.values())] for name, w in names.items()]
+    rows += [[words(report, w), *(number(level, name) for level in columns.values())] for name, w in names.items()]
     scale = "calibrated on val" if "calibration" in report else "not calibrated"
     rule, _, names = report["aggregate"].partition(":")
     patient = AGGREGATES[rule].format("the patient's images") + f", for {names.replace('+', ' and ')}" * bool(names)
@@ -234,7 +242,7 @@ def _classes(unit: str, level: Mapping[str, Any]) -> Table:
         ]
         for name, values in level["per_class"].items()
     ]
-    note = "n is the number of images with the finding, known that of images with a known label." if known else ""
+    note = f"n is the number of {unit}s with the finding, known that of {unit}s with a known label." if known else ""
     return Table(head, rows, f"{'Findings' if known else 'Classes'}, per {unit} (test)", note)
 
 
@@ -263,9 +271,10 @@ def _calibration(calibration: Mapping[str, Any]) -> Table:
     kinds = {"uncalibrated": "uncalibrated", "calibrated": f"calibrated by temperature scaling, {scale}"}
     rows = [[words, *(number(calibration[kind], name) for name in names)] for kind, words in kinds.items()]
     note = (
-        f"0 is perfect calibration. The temperature T, fitted on {calibration['fitted_on']}, divides the logits; a "
-        "value above 1 means overconfidence. All other numbers and figures of this report, the predictions_*.csv, "
-        "prediction, the service and the exports use the calibrated probabilities."
+        "A calibration error of 0 is perfect; the other two also depend on discrimination. The temperature T, fitted "
+        f"on {calibration['fitted_on']}, divides the logits; a value above 1 means overconfidence. All other numbers "
+        "and figures of this report, the predictions_*.csv, prediction, the service and the exports use the "
+        "calibrated probabilities."
     )
     return Table(["test probabilities", *(METRICS[name] for name in names)], rows, "Calibration", note)
 
@@ -278,9 +287,10 @@ def _recalibration(report: Mapping[str, Any]) -> Table:
         for name in calibration["calibrated"]["per_class"]
     ]
     note = (
-        "Log odds of the class against the rest = intercept + slope x log odds of its predicted probability, fitted on "
-        "test by logistic regression. Slope 1 and intercept 0 are perfect calibration; a slope below 1 means that the "
-        "probabilities are too extreme, and a positive intercept that, at even odds, they are too low."
+        "From logistic regressions on the log odds of the predicted probability, on test. A slope below 1 means that "
+        "the probabilities are too extreme. The intercept is calibration-in-the-large, with a slope of 1: above 0, "
+        "they are too low on average. Perfect calibration has slope 1 and intercept 0, but these do not exclude "
+        "curvature. An interval is missing if too many draws separate the class perfectly."
     )
     head = [what, *(f"{key}, {kind}" for key in ("slope", "intercept") for kind in kinds)]
     return Table(head, rows, "Calibration slope and intercept (test)", note)
@@ -294,9 +304,9 @@ def _operating_points(config: Config, points: Mapping[str, Any], unit: str) -> l
         names |= {"ppv_at": "PPV, at prevalence", "npv_at": "NPV, at prevalence"}
     note = (
         "A class is called if its calibrated probability reaches the threshold, which was chosen on val for the "
-        "maximum sum of sensitivity and specificity (youden) or for a minimum sensitivity. Prediction, the service and "
-        "the exports use the same thresholds. PPV and NPV hold for the class frequencies of the test split; for a "
-        "rarer disease PPV is lower."
+        "maximum sum of sensitivity and specificity (Youden index) or for a minimum sensitivity on val; that on test "
+        "may be lower. Prediction, the service and the exports use the same thresholds. PPV and NPV hold for the "
+        "class frequencies of the test split; at a lower prevalence PPV is lower and NPV higher."
     )
     if given:
         shares = ", ".join(f"{name} {100 * p:g} %" for name, p in given.items())
@@ -373,9 +383,10 @@ def _prepared(summary: Mapping[str, Any]) -> list[Table]:
     groups, classes = summary["group_name"], summary["classes"]
     head = ["split", *(f"{c}, images" for c in classes), *(f"{c}, {groups}" for c in classes)]
     tables = []
+    note = f"Of the {groups}, one with several classes counts in each."
     for name, splits in summary["protocols"].items():
         rows = [[split, *n["images"].values(), *n["groups"].values()] for split, n in splits.items()]
-        tables.append(Table(head, rows, f"Splits of protocol {name}"))
+        tables.append(Table(head, rows, f"Splits of protocol {name}", note))
     if len(summary["sources"]) > 1:
         rows = [[name or "(none)", *(n.get(c, 0) for c in classes)] for name, n in summary["sources"].items()]
         tables.append(Table(["source", *classes], rows, "Images per source"))

@@ -317,11 +317,10 @@ def flow(counts: Mapping[str, Any], path: Path) -> None:
         if below is None:
             continue
         arrow((3, y), (3, below + 0.3))
-        if reasons := excluded[name]:
-            arrow((3, (y + below) / 2), (4.6, (y + below) / 2))
-            lines = [f"Excluded: {count(sum(reasons.values()), 'image')}"]
-            lines += [f"{reason}: {n:,}" for reason, n in reasons.items()]
-            box(4.7, (y + below) / 2, lines, style.WRONG, "left")
+        arrow((3, (y + below) / 2), (4.6, (y + below) / 2))
+        lines = [f"Excluded: {count(sum(excluded[name].values()), 'image')}"]
+        lines += [f"{reason}: {n:,}" for reason, n in excluded[name].items()]
+        box(4.7, (y + below) / 2, lines, style.WRONG, "left")
     xs = [3.0] if len(counts["splits"]) == 1 else np.linspace(1.2, 7.4, len(counts["splits"]))
     for x, (name, of) in zip(xs, counts["splits"].items(), strict=True):
         arrow((3, ys[-1] - 0.25), (x, 0.75))

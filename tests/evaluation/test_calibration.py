@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from random_predictions import make_predictions, random_predictions
-from scipy import optimize
+from scipy import optimize, special
 from sklearn import calibration as sk_calibration
 from sklearn import metrics as sk
 from sklearn.linear_model import LogisticRegression
@@ -83,10 +83,12 @@ def test_summary_of_val_and_test():
 
 
 def regression(p, i, weights=None):
-    """Returns intercept and slope of class i by scikit-learn."""
+    """Returns calibration-in-the-large of class i by a root search, and the slope by scikit-learn."""
     odds = np.log(p.probabilities[:, i] / (1 - p.probabilities[:, i]))[:, None]
     fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-9).fit(odds, p.labels == i, weights)
-    return fit.intercept_[0], fit.coef_[0, 0]
+    n = np.ones(len(p)) if weights is None else weights
+    difference = lambda a: n @ (special.expit(a + odds[:, 0]) - (p.labels == i))  # noqa: E731
+    return optimize.brentq(difference, -30, 30), fit.coef_[0, 0]
 
 
 def test_recalibration_against_scikit_learn():
@@ -109,10 +111,15 @@ def test_recalibration_without_optimum():
     scores = np.linspace(0.1, 0.9, 40)
     separated = make_predictions(scores < 0.5, np.stack([scores, 1 - scores], axis=1))
     none = {"slope": None, "intercept": None, "intervals": {}}
+    few_draws = random_predictions(60, 20, seed=3, spread=3.5)  # some draws separate a class, so its slope has no limit
+    assert "slope" not in calibration.recalibration(few_draws)["a"]["intervals"]
+    assert np.isfinite(calibration.recalibration(few_draws)["a"]["intervals"]["intercept"]).all()
     tied = np.where(np.arange(40) < 22, np.minimum(scores, scores[18]), scores)  # both classes at one value
     tied = make_predictions(np.arange(40) < 20, np.stack([tied, 1 - tied], axis=1))
     for p in (separated, tied):
-        assert calibration.recalibration(p) == {"a": none, "b": none}
+        assert all(
+            own["slope"] is None and "slope" not in own["intervals"] for own in calibration.recalibration(p).values()
+        )
     assert calibration.recalibration(make_predictions([0, 0], np.full((2, 2), 0.5)))["a"] == none
     assert calibration.recalibration(make_predictions([], np.zeros((0, 2))))["a"] == none
     few = make_predictions(np.arange(40) % 10 == 0, np.stack([scores, 1 - scores], axis=1))
