@@ -99,8 +99,10 @@ def answer(config: Config, report: Mapping[str, Any], external: Mapping[str, Any
 
 
 def _scores(level: Mapping[str, Any]) -> str:
-    scores = [f"{words} {context.number(level, name)}" for name, words in context.HEADLINE.items()]
-    return ", ".join(scores)
+    report = {"multilabel": "confusion" not in level}
+    return ", ".join(
+        f"{context.words(report, t)} {context.number(level, name)}" for name, t in context.HEADLINE.items()
+    )
 
 
 def _counts(numbers: Mapping[str, int] | None) -> str:

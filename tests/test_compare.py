@@ -62,7 +62,8 @@ def test_tests_and_correction(tmp_path):
     folders = [save(tmp_path / name, p) for name, p in zip("abc", runs, strict=True)]
     names = ["slice.auc_macro", "patient.accuracy", "slice.accuracy", "slice.loss", "patient.per_class.Normal.auc"]
     text = compare.compare(folders, names=names, draws=99)
-    boots, tests = ([rows(text, f"{x} against A: {kind}") for x in "BC"] for kind in ("paired bootstrap", "tests"))
+    kinds = ("paired bootstrap", "DeLong's and McNemar's tests")
+    boots, tests = ([rows(text, f"{x} against A: {kind}") for x in "BC"] for kind in kinds)
     assert all(list(table) == names for table in boots)
     assert all(list(table) == [names[0], names[1], names[4]] for table in tests)
     for x, b, table in zip("BC", runs[1:], tests, strict=True):
@@ -76,7 +77,7 @@ def test_tests_and_correction(tmp_path):
         p = [float(row[-2]) for table in tables for row in table.values()]
         adjusted = [float(row[-1]) for table in tables for row in table.values()]
         assert len(p) == count and min(adjusted) == pytest.approx(min(1, count * min(p)), abs=0.006)
-    assert "over the 10 p-values of the bootstrap, and over the 6 of the tests" in " ".join(text.split())
+    assert "over 10 p-values of the bootstrap, and 6 of the other tests" in " ".join(text.split())
 
 
 def test_different_runs(tmp_path):

@@ -44,7 +44,7 @@ def test_all_patients_and_limits():
     )
     assert "at a prevalence of 0.5" in power.plan({"auc": 0.85, "width": 0.1})
     text = power.plan({"auc": 0.98, "positives": 10, "negatives": 10})
-    assert "0.915 to 1.000 (the normal approximation is poor" in text and text.endswith("width 0.131")
+    assert "0.915 to 1.000 (the normal approximation is poor" in text and text.endswith("width 0.130")
 
 
 def test_command(capsys):

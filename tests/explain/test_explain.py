@@ -57,7 +57,7 @@ def test_command_with_good_and_bad_files(trained_run, tmp_path, monkeypatch, cap
     network, description = model.load_finished(trained_run.workdir)
     own = Explainer(network.module, network.variables, network.config.input)
     expected, _ = own.maps(preprocess.picture(PICTURE, description)[0][None])
-    np.testing.assert_allclose(heats["a_gradcam.png"], expected[0], atol=1e-5)
+    np.testing.assert_allclose(heats["a"], expected[0], atol=1e-5)
     with Image.open(tmp_path / "out/a_gradcam.png") as figure:
         assert (np.ptp(np.asarray(figure.convert("RGB")).astype(int), axis=-1) > 60).any()  # colors of the map
     assert commands.run(command, *flags, f"--images={tmp_path / 'deep.png'}", "--window=0,51000", "--class=middle") == 0

@@ -156,7 +156,7 @@ def test_escaping_of_names(run, page):
 def test_mistakes(run, page, saved):
     _, calls = run
     test = make()
-    wrong = plots.choose_examples(test, 3)[1]
+    wrong = [shown.row for shown in plots.choose_examples(test, 3)[1]]
     ((images, targets),) = calls
     assert images.dtype == np.uint8 and images.shape == (3, 8, 8, 1)
     assert images[:, 0, 0, 0].tolist() == [7 * row % 256 for row in wrong]
