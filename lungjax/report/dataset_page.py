@@ -199,7 +199,8 @@ def _gray_levels(view: View) -> dict[str, Any]:
     if several > 1:
         panels["By source"] = statistics.mean_histograms(shares, sources[rows], weights, MAX_ROWS)
     dataset_charts.histograms(panels, view.out / "gray_levels.png")
-    drawn = "all images" if len(rows) == len(sources) else f"a random {len(rows):,} of {len(sources):,} images"
+    n = len(np.unique(rows))  # an image with several findings is in each
+    drawn = "all images" if n == len(sources) else f"a random {n:,} of {len(sources):,} images"
     more = f"; the {MAX_ROWS} largest of {several} sources" if several > MAX_ROWS else ""
     colors = [
         [name, f"{np.count_nonzero(own):,} of {len(own):,}", f"{own.mean():.2f}"]
