@@ -37,6 +37,18 @@ def random_predictions(n=90, patients=25, seed=0, ties=True, spread=1.2) -> Pred
     return make_predictions(labels, np.exp(logits.astype(np.float64)), groups, logits=logits)
 
 
+def random_findings(seed=0, n=240, patients=60, names=("edema", "mass", "no_ne"), unknown=0.2) -> Predictions:
+    """Returns predictions of findings, of which a fifth is unknown; labels are the same for every seed."""
+    fixed, rng = np.random.default_rng(5), np.random.default_rng(seed)
+    patient = fixed.integers(0, patients, n)
+    labels = (fixed.random((patients, len(names))) < (0.5, 0.3, 0.7)).astype(int)[patient]
+    labels[fixed.random(labels.shape) < unknown] = -1
+    logits = (rng.normal(size=labels.shape) + 1.5 * (labels == 1) - 0.5).astype(np.float32)
+    ids = np.array([f"{i}.png" for i in range(n)])
+    groups = np.array([f"p{i}" for i in patient])
+    return Predictions(ids, groups, ids, labels, 1 / (1 + np.exp(-logits)), names, {"view": ids}, logits)
+
+
 def guesses(labels, classes, seed=0, skill=1.5, slices=3, tag="t", sources=("",)) -> Predictions:
     """Returns predictions that improve with `skill`; every `slices` successive images belong to one patient."""
     rng, n = np.random.default_rng(seed), len(labels)

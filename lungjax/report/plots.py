@@ -134,14 +134,23 @@ def curves(kind: str, predictions: Predictions, path: Path) -> None:
     looks: list[dict[str, Any]] = [{**style.line_style(i), "linewidth": 1.8} for i in range(len(classes))]
     looks += [{"color": style.INK, "linestyle": (0, (5, 1.5, 1, 1.5)), "linewidth": 1.2, "zorder": 1.9}]
     names = [*(style.short(name, 26) for name in classes), "all pooled (micro)"]
-    pairs = [(p.labels == i, p.probabilities[:, i].astype(np.float64)) for p, i in binary(predictions).values()]
-    pairs.append((np.concatenate([hit for hit, _ in pairs]), np.concatenate([score for _, score in pairs])))
+    pairs = [*_pairs(predictions), pooled(predictions)]
     for name, (positive, values), look in zip(names, pairs, looks, strict=True):
         area = curve(axis, kind, positive, values, look)
         score = {"roc": f"AUC {area:.3f}", "pr": f"AP {area:.3f}, chance {positive.mean():.3f}"}[kind]
         axis.lines[-1].set_label(f"{name}\n{score if area == area else 'undefined'}")
     style.legend_beside(axis, len(classes))
     style.save(figure, path)
+
+
+def pooled(predictions: Predictions) -> tuple[np.ndarray, np.ndarray]:
+    """Returns whether an example is of a class, and its probability, for all pairs, or known labels of findings."""
+    positive, scores = zip(*_pairs(predictions), strict=True)
+    return np.concatenate(positive), np.concatenate(scores)
+
+
+def _pairs(predictions: Predictions) -> list[tuple[np.ndarray, np.ndarray]]:
+    return [(p.labels == i, p.probabilities[:, i].astype(np.float64)) for p, i in binary(predictions).values()]
 
 
 def square(axis: "Axes", kind: str) -> None:

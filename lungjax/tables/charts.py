@@ -144,8 +144,7 @@ def curves(table: Table, done: Sequence[Result], path: Path) -> None:
         plots.square(axis, kind)
     for i, (name, result, seed, p) in enumerate(best_runs(done)):
         look = {**style.line_style(i), "linewidth": 1.7}
-        pairs = (p.labels[:, None] == np.arange(len(p.classes))).ravel(), p.probabilities.ravel().astype(np.float64)
-        auc, average_precision = (plots.curve(axis, kind, *pairs, look) for kind, axis in axes.items())
+        auc, average_precision = (plots.curve(axis, kind, *plots.pooled(p), look) for kind, axis in axes.items())
         scores = f"AUC {auc:.3f}, AP {average_precision:.3f}"
         axes["roc"].lines[-1].set_label(f"{name}\n{result.cell.split}, seed {seed}: {scores}")
     left = axes["roc"]

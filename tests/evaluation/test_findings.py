@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from random_predictions import by_scikit_learn, make_predictions
+from random_predictions import by_scikit_learn, make_predictions, random_findings
 from scipy import special
 from sklearn import metrics as sk
 
@@ -18,17 +18,6 @@ from lungjax.evaluation import (
     predictions,
 )  # fmt: skip
 from lungjax.evaluation.predictions import Predictions
-
-
-def random_findings(seed=0, n=240, patients=60, names=("edema", "mass", "no_ne"), unknown=0.2) -> Predictions:
-    fixed, rng = np.random.default_rng(5), np.random.default_rng(seed)
-    patient = fixed.integers(0, patients, n)
-    labels = (fixed.random((patients, len(names))) < (0.5, 0.3, 0.7)).astype(int)[patient]
-    labels[fixed.random(labels.shape) < unknown] = -1
-    logits = (rng.normal(size=labels.shape) + 1.5 * (labels == 1) - 0.5).astype(np.float32)
-    ids = np.array([f"{i}.png" for i in range(n)])
-    groups = np.array([f"p{i}" for i in patient])
-    return Predictions(ids, groups, ids, labels, special.expit(logits), names, {"view": ids}, logits)
 
 
 def known_part(p: Predictions, i: int) -> Predictions:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from conftest import without_pictures
 from PIL import Image
-from random_predictions import guesses
+from random_predictions import guesses, random_findings
+from sklearn import metrics as sk
 
 from lungjax.config import Config, EvalConfig, TrainConfig
 from lungjax.data import summary
@@ -305,6 +306,20 @@ def test_curves(figures, tmp_path):
             drawn = np.trapezoid(y, x) if kind == "roc" else -(np.diff(x) * y[:-1]).sum()
             assert drawn == pytest.approx(expected)
         assert lines["COVID-19"].get_label().endswith("undefined") and "all pooled (micro)" in lines
+
+
+def test_curves_of_findings(figures, tmp_path):
+    p = random_findings()
+    plots.curves("roc", p, tmp_path / "curves.png")
+    known = p.labels >= 0
+    areas = [sk.roc_auc_score(p.labels[m, i], p.probabilities[m, i]) for i, m in enumerate(known.T)]
+    areas.append(sk.roc_auc_score(p.labels[known], p.probabilities[known]))
+    names = [line.get_label() for line in figures[-1].axes[0].lines if "AUC" in line.get_label()]
+    assert names == [f"{name}\nAUC {a:.3f}" for name, a in zip((*p.classes, "all pooled (micro)"), areas, strict=True)]
+    plots.decision_curves(p, tmp_path / "d.png")
+    shares = [(p.labels[m, i] == 1).mean() for i, m in enumerate(known.T)]
+    titles = [axis.get_title(loc="left") or axis.get_title() for axis in figures[-1].axes]
+    assert titles == [f"{name} ({style.percent(share)})" for name, share in zip(p.classes, shares, strict=True)]
 
 
 def test_reliability_and_decision_curves(figures, tmp_path):

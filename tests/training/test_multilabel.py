@@ -165,6 +165,7 @@ def test_loss_is_masked_and_weighted():
     logits = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
     weights = np.asarray(optim.class_weights("balanced", np.array([[1, 0, 0], [0, 0, 1], [1, -1, 1]]), tuple("abc")))
     np.testing.assert_allclose(weights, [[1.5, 0.5, 1.5], [0.75, 1.0, 0.75]])  # b has no positive label
+    np.testing.assert_allclose(optim.class_weights("2,3", np.zeros((1, 2), int), ("a", "b")), [[1, 1], [2, 3]])
     given = {"class_weights": jnp.asarray(weights), "label_smoothing": 0.0}
     losses = step.binary_cross_entropy(jnp.asarray(logits), jnp.asarray(labels), **given)
     p = special.expit(logits.astype(float))
