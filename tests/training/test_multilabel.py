@@ -146,9 +146,9 @@ def test_maps_of_each_finding(trained, tmp_path, monkeypatch, capsys):
 
 def test_other_hospital_knows_fewer_findings(trained, tmp_path, monkeypatch, no_pictures):
     monkeypatch.setattr(environment, "prepare_jax", lambda: None)
-    made = [(f"x{name}", right, -1, "test", *rest) for name, _, right, _, *rest in rows()]
-    write(tmp_path / "in", made, ("path", "right", "edema", *COLUMNS[3:]))
-    options = datasets.PrepareOptions(classes=("right", "edema"))
+    made = [(f"x{name}", -1, right, "test", *rest) for name, _, right, _, *rest in rows()]
+    write(tmp_path / "in", made, ("path", "edema", "right", *COLUMNS[3:]))
+    options = datasets.PrepareOptions(classes=("edema", "right"))
     datasets.write("folder/other", tmp_path / "in", trained / "data", options, quiet=True, overwrite=True)
     args = ("--mode=evaluate", f"--workdir={trained / 'a'}", f"--data_dir={trained / 'data'}")
     assert commands.run(main, *args, "--dataset=folder/other", "--overlap=drop", "--split=all") == 0
