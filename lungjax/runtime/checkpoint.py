@@ -115,7 +115,7 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
 
         Returns None if nothing was saved yet. Newer damaged states are renamed, and best weights newer than the state
         are deleted, since training will reach them again. Raises ValueError, and changes nothing, if all states are
-        damaged or the state belongs to another network.
+        damaged or the state belongs to another network or version of lungjax.
         """
         self.wait()
         folder = self.folder / "last"
@@ -125,7 +125,10 @@ class Checkpoints(AbstractContextManager["Checkpoints"]):
         path = folder / str(step)
         _check_same(path, "state", abstract_state)
         progress = json.loads((path / PROGRESS).read_text())
-        state = ocp.load_checkpointables(path.absolute(), {"state": abstract_state})["state"]
+        try:
+            state = ocp.load_checkpointables(path.absolute(), {"state": abstract_state})["state"]
+        except (KeyError, ValueError) as error:  # the files are intact and their arrays fit: other fields
+            raise ValueError(f"{path} was written by another version of lungjax. Choose another --workdir") from error
         if distributed.is_first_host():
             for bad in damaged:
                 others = len(list(folder.glob(f"{bad.name}.damaged*")))

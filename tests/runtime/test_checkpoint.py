@@ -205,6 +205,8 @@ def test_state_of_another_network(workdir):
         for shapes in (abstract(**changes), jax.eval_shape(lambda changes=changes: make(0, **changes))):
             with pytest.raises(ValueError, match=rf"best/8 belongs to another network: {words}"):
                 restore_best(workdir, shapes.variables)
+    with Checkpoints(workdir) as checkpoints, pytest.raises(ValueError, match="last/4 was written by another version"):
+        checkpoints.restore(abstract().replace(ema={"fields without arrays": {}}))
     assert folders(workdir, "last") == folders(workdir, "best") == ["4", "8"]
 
 
