@@ -36,11 +36,10 @@ def summarize(
     width, height = columns["width"], columns["height"]
     sources, of_source = _count(data, columns["source"])
     kinds, unknown = labels.codes(columns["label"]), (columns["label"] == labels.UNKNOWN).sum(axis=0)
-    (sizes, of_size), (_, of_group), (_, of_picture) = (
-        statistics.count_values(values, kinds, kinds.max() + 1)
-        for values in (np.column_stack([width, height]), columns["group"], columns["pixels"])
-    )
-    copies = of_picture[of_picture.sum(axis=1) > 1]
+    sizes, of_size, _ = _distinct(np.column_stack([width, height]), kinds)
+    _, of_group, labels_of_group = _distinct(columns["group"], kinds)
+    _, of_picture, labels_of_picture = _distinct(columns["pixels"], kinds)
+    copied = of_picture > 1
     protocols = {name: replace(data, protocol=name) for name in ("clean", *(["study"] if info["study"] else []))}
     leaks = {name: leakage.leaks(view) for name, view in protocols.items()}
     leak_notes = [leakage.leak_notes(counts, f"protocol={name}", group_name) for name, counts in leaks.items()]
@@ -64,14 +63,14 @@ def summarize(
         "sizes": {
             "width": [int(v) for v in (width.min(), np.median(width), width.max())],
             "height": [int(v) for v in (height.min(), np.median(height), height.max())],
-            "common": [[f"{w} x {h}", int(n.sum())] for (w, h), n in zip(sizes[:3], of_size[:3], strict=True)],
+            "common": [[f"{w} x {h}", int(n)] for (w, h), n in zip(sizes[:3], of_size[:3], strict=True)],
         },
         "pixels": _pixel_statistics(data),
         "window": info["window"],
         "duplicates": {
-            "sets": len(copies),
-            "images": int(copies.sum()),
-            "sets_with_several_labels": int((np.count_nonzero(copies, axis=1) > 1).sum()),
+            "sets": int(copied.sum()),
+            "images": int(of_picture[copied].sum()),
+            "sets_with_several_labels": int((labels_of_picture > 1).sum()),
         },
         "twins": {
             "near_pairs": len(data.near),
@@ -79,13 +78,21 @@ def summarize(
             "leaks": leaks,
             "pairs": _worst_pairs(list(protocols.values())[-1]),
         },
-        "groups_with_several_labels": int((np.count_nonzero(of_group, axis=1) > 1).sum()),
+        "groups_with_several_labels": int((labels_of_group > 1).sum()),
         "skipped": list(skipped),
         "unstaged": list(unstaged),
         "notes": [*notes, *itertools.chain(*leak_notes)],
     }
     result["warnings"] = [*warnings, *_warnings(result)]
     return result
+
+
+def _distinct(values: np.ndarray, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the distinct `values`, most frequent first, and for each the numbers of images and of `kinds`."""
+    names, member, images = np.unique(values, axis=0, return_inverse=True, return_counts=True)
+    pairs = np.unique(np.column_stack([member.ravel(), kinds]), axis=0)  # a table of all would not fit in memory
+    order = np.argsort(-images, kind="stable")
+    return names[order], images[order], np.bincount(pairs[:, 0], minlength=len(names))[order]
 
 
 def _count(data: Prepared, values: np.ndarray, rows: Any = slice(None)) -> tuple[np.ndarray, np.ndarray]:

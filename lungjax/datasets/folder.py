@@ -215,8 +215,8 @@ def _from_csv(table: Path, classes: tuple[str, ...]) -> tuple[list[Row], tuple[s
     rows: list[Row] = []
     for where, values in lines:
         path, split = values["path"].replace("\\", "/"), values.get("split", "")
-        for name in ("path", "label"):
-            if not values.get(name, "-"):
+        for name in ("path",) if findings else ("path", "label"):
+            if not values[name]:
                 raise ValueError(f"{where}: {name} is empty")
         if split and split.lower() not in SPLIT_NAMES:
             allowed = ", ".join(prepared.SPLITS)

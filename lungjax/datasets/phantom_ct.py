@@ -7,6 +7,7 @@ neither, and some labels of training images are unknown.
 import functools
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,9 +36,9 @@ def listing(source: Path | None, config: str, options: PrepareOptions) -> Listin
     examples, rng = [], np.random.default_rng([options.seed, 21])
     several = config == "findings"
     plan = _plan(patients, len(COMBINATIONS if several else phantom.CLASSES), options.seed)
-    label: tuple[int, ...]
     for number, (kind, scanner, split) in enumerate(plan):
-        group, seed, label = f"patient{number:03}", options.seed * 100_000 + number, (kind,)
+        label: Any = kind
+        group, seed = f"patient{number:03}", options.seed * 100_000 + number
         patient = phantom.new_patient(seed, phantom.CLASSES[kind % len(phantom.CLASSES)], scanner)
         if several:
             if kind == 3:
@@ -48,9 +49,7 @@ def listing(source: Path | None, config: str, options: PrepareOptions) -> Listin
         for index, level in enumerate(phantom.levels(patient, slices)):
             xmin, ymin, xmax, ymax = map(float, phantom.body_box(patient, level))
             box, image = (xmin, ymin, xmax, ymax), functools.partial(_png, patient, level)
-            examples.append(
-                Example(f"{group}_s{index:02}.png", image, label if several else kind, split, group, scanner.name, box)
-            )
+            examples.append(Example(f"{group}_s{index:02}.png", image, label, split, group, scanner.name, box))
     return Listing(CLASSES[config], examples, body=True)
 
 

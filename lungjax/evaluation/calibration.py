@@ -3,8 +3,8 @@
 Temperature scaling (Guo et al., arXiv 1706.04599) divides all logits by a temperature T, fitted on the validation
 split. T above 1 makes probabilities less extreme. The predicted class of an example does not change; thresholds and,
 with more than two classes, the AUC of a class do. Reports, predictions_SPLIT.csv, `predict`, the service and the
-exports all use the probabilities softmax(logits / T). Each finding of images with several has a temperature of its own,
-and the probability sigmoid(logit / T).
+exports all use the probabilities softmax(logits / T). If images may have several findings,
+each finding has its own temperature, and its probability is sigmoid(logit / T).
 
 The slope of each class is that of the logistic regression of "is of the class" on the log odds of its probability (Cox,
 Biometrika 45:562, 1958); below 1, probabilities are too extreme. The intercept is calibration-in-the-large: that of the
@@ -36,10 +36,13 @@ def fit_temperature(predictions: Predictions) -> Temperature:
     """
     p = predictions
     if p.multilabel:
-        each = [own for own, _ in binary(p).values()]
-        return tuple(float(np.max(fit_temperature(own))) if len(own) else 1.0 for own in each)
+        return tuple(_fit_temperature(own) if len(own) else 1.0 for own, _ in binary(p).values())
     if not len(p):
         raise ValueError("no examples to fit a temperature to")
+    return _fit_temperature(p)
+
+
+def _fit_temperature(p: Predictions) -> float:
     logits, rows = _logits(p), np.arange(len(p))
 
     def loss(log_temperature: float) -> float:

@@ -91,8 +91,8 @@ class Model:
     ) -> np.ndarray:
         """Returns saliency maps float32 [B, H, W] in 0..1 over the network's input.
 
-        `targets` are class numbers, one per image; None selects the predicted classes. `method` is one of `methods`,
-        by default the first.
+        `targets` are class numbers, one per image; None selects the predicted class (the most probable finding) of each
+        image. `method` is one of `methods`, by default the first.
         """
         self.check_method(method)
         pixels = self._pixels(images, boxes)

@@ -383,7 +383,7 @@ def _prepared(summary: Mapping[str, Any]) -> list[Table]:
     groups, classes = summary["group_name"], summary["classes"]
     head = ["split", *(f"{c}, images" for c in classes), *(f"{c}, {groups}" for c in classes)]
     tables = []
-    note = f"Of the {groups}, one with several classes counts in each."
+    note = "A patient with images of several classes counts in each." if summary["groups_with_several_labels"] else ""
     for name, splits in summary["protocols"].items():
         rows = [[split, *n["images"].values(), *n["groups"].values()] for split, n in splits.items()]
         tables.append(Table(head, rows, f"Splits of protocol {name}", note))

@@ -79,7 +79,7 @@ def test_series_of_a_model_and_invalid_rules():
     model = metadata.from_json(replace(METADATA, aggregate=f"max:{name}").to_json())
     record = records.summary(model, "s", np.array([[0.7, 0.3], [0.2, 0.8], [0.3, 0.7]]))
     assert record["probabilities"] == {name: 0.7, other: 0.3}
-    for invalid in ("median", "auto", "max:nobody"):
+    for invalid in ("median", "auto", "max:absent"):
         with pytest.raises(ValueError, match="aggregate"):
             metadata.from_json(replace(METADATA, aggregate=invalid).to_json())
     with pytest.raises(ValueError, match=r"median.*noisy_or, auto"):
