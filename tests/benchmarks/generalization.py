@@ -27,12 +27,12 @@ from tests.benchmarks import harness
 
 SOURCES = "--source_pattern=^(sarscov2|mosmed|ucsd|nor|seg20)_"
 PREPARE = {"ct": ["--modality=ct", SOURCES], "xray": ["--modality=xray"]}  # xray has a column of sources
-# From ImageNet weights, validation peaks after a few epochs; random weights need more. The flips are those of the
+# From ImageNet weights, validation peaks after two or three epochs; random weights need more. The flips are those of the
 # PyTorch reference; other values are chosen by `finetune`.
 FLIP = "--set=augment.flip_horizontal=0.5"
-RANDOM = ["--set=train.epochs=24", "--set=train.patience=8", FLIP]
+RANDOM = ["--set=train.epochs=24", "--set=train.patience=4", FLIP]
 NETWORKS = {
-    "lite0_imagenet": ["weights=imagenet", "--set=train.epochs=12", "--set=train.patience=4", FLIP],
+    "lite0_imagenet": ["weights=imagenet", "--set=train.epochs=12", "--set=train.patience=2", FLIP],
     "lite0_random": ["weights=none", *RANDOM],
     "cbr_small": ["model=cbr_small,weights=none", *RANDOM],
     # It has no norm, so it needs a centered input.

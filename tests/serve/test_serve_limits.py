@@ -81,7 +81,7 @@ def test_incomplete_head_times_out(service, monkeypatch):
 
 def test_many_idle_connections():
     """The connections that have been idle for longest are closed for new ones, but no request in progress is lost."""
-    with running(connections=8) as service, ExitStack() as stack:
+    with running(connections=8, read_seconds=60) as service, ExitStack() as stack:
 
         def connect():
             return stack.enter_context(socket.create_connection(("127.0.0.1", service.port), timeout=9))
