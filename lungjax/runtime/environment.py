@@ -1,10 +1,12 @@
 """Process set-up before jax is imported: processor cores, memory allocator and compilation cache."""
 
+import contextlib
 import ctypes
 import ctypes.util
 import multiprocessing
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,36 @@ def trim_memory() -> None:
     """Gives the system the freed memory that `keep_freed_memory` keeps."""
     if trim := _glibc("malloc_trim"):
         trim(0)
+
+
+@contextlib.contextmanager
+def trimming() -> Iterator[None]:
+    """Calls `trim_memory` now, and in this context whenever the process has grown by a tenth since the last call.
+
+    Each training step allocates one block of up to some GiB. glibc (2.36) often can't place it in the gap that the last
+    one has left, since it first needs a few bytes more for the alignment: the block moves, and the gap stays resident.
+    """
+    stop, glibc = threading.Event(), _glibc("malloc_trim") is not None
+
+    def watch() -> None:
+        limit = 0.0
+        while glibc and not stop.wait(0.1):
+            if resident_bytes() > limit:
+                trim_memory()  # during a step, so its block is in use and stays
+                limit = 1.1 * resident_bytes()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def resident_bytes() -> int:
+    """Returns the resident memory of this process, on Linux."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _glibc(function: str) -> Any:

@@ -5,7 +5,7 @@ restarted ends with exactly the weights of an uninterrupted one.
 """
 
 import time
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +139,7 @@ def train_loop(
     with (
         MetricsLog(run, step, progress.last_validation) as log,
         closing(run.batches(step + progress.skipped_batches)) as batches,
+        ExitStack() as stack,
     ):
         try:
             while True:
@@ -161,7 +162,7 @@ def train_loop(
                 if not interrupted:
                     state, step_metrics = profiler.call(step + 1, built.train_step, state, next(batches))
                     if step == first:
-                        environment.trim_memory()  # of the compiler
+                        stack.enter_context(environment.trimming())  # without the memory of the compiler
                     step += 1
                     log.add(step_metrics)
 

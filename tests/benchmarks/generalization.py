@@ -27,7 +27,7 @@ from tests.benchmarks import harness
 
 SOURCES = "--source_pattern=^(sarscov2|mosmed|ucsd|nor|seg20)_"
 PREPARE = {"ct": ["--modality=ct", SOURCES], "xray": ["--modality=xray"]}  # xray has a column of sources
-# From ImageNet weights, validation peaks after two or three epochs; random weights need more. The flips are those of the
+# From ImageNet weights, validation peaks within three epochs; random weights need more. The flips are those of the
 # PyTorch reference; other values are chosen by `finetune`.
 FLIP = "--set=augment.flip_horizontal=0.5"
 RANDOM = ["--set=train.epochs=24", "--set=train.patience=4", FLIP]

@@ -6,6 +6,7 @@ All train the same layers with Adam in float32, with the same classes, dropout a
 defined here for torch and in tests.parity for Keras; ResNet50V2 is defined here, since timm's has other strides.
 """
 
+import contextlib
 import os
 import sys
 import time
@@ -208,15 +209,17 @@ def torch(network: str) -> Framework:
 def contender(name: str, network: str) -> tuple[dict[str, Any], Callable[[], dict[str, float]]]:
     """Compiles and warms up a training step; returns facts about it, and a function that times one turn."""
     advance, facts = {"ours": ours, "keras": keras, "torch": torch}[name](network)
+    trimming = contextlib.nullcontext
     if name == "ours":
         from lungjax.runtime import environment
 
-        environment.trim_memory()  # as `lungjax.training.train` does
+        trimming = environment.trimming  # as `lungjax.training.train` does
 
     def run(steps: int) -> None:
-        for _ in range(steps):
-            loss = advance()
-        float(loss)  # waits for the step
+        with trimming():
+            for _ in range(steps):
+                loss = advance()
+            float(loss)  # waits for the step
 
     run(1)
     steps = max(1, round(TURN_SECONDS * WARM_STEPS / harness.timed(lambda: run(WARM_STEPS))))
