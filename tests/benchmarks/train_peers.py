@@ -22,6 +22,7 @@ SIDE, BATCH = 224, 8
 LR = 1e-3
 WARM_STEPS = 3  # after the first step, since torch tunes its kernels for some steps
 TURN_SECONDS = 2.0  # length of a turn; at least one step
+PROCESS = contextlib.ExitStack()  # contexts that last as long as the process
 
 CLASSES = 3
 KERAS = {
@@ -209,17 +210,15 @@ def torch(network: str) -> Framework:
 def contender(name: str, network: str) -> tuple[dict[str, Any], Callable[[], dict[str, float]]]:
     """Compiles and warms up a training step; returns facts about it, and a function that times one turn."""
     advance, facts = {"ours": ours, "keras": keras, "torch": torch}[name](network)
-    trimming = contextlib.nullcontext
     if name == "ours":
         from lungjax.runtime import environment
 
-        trimming = environment.trimming  # as `lungjax.training.train` does
+        PROCESS.enter_context(environment.trimming())  # as `lungjax.training.train` does
 
     def run(steps: int) -> None:
-        with trimming():
-            for _ in range(steps):
-                loss = advance()
-            float(loss)  # waits for the step
+        for _ in range(steps):
+            loss = advance()
+        float(loss)  # waits for the step
 
     run(1)
     steps = max(1, round(TURN_SECONDS * WARM_STEPS / harness.timed(lambda: run(WARM_STEPS))))
