@@ -98,12 +98,13 @@ def _glibc(function: str) -> Any:
 def prepare_jax() -> None:
     """Sets what jax reads at import: the allocator, the compilation cache, and deterministic GPU operations.
 
-    The cache is in the user's cache folder unless JAX_COMPILATION_CACHE_DIR is set. It also holds the autotuned kernels
-    of a GPU, so that the next run on this machine gives the same results.
+    The cache is in the user's cache folder unless JAX_COMPILATION_CACHE_DIR is set, with a folder for each number of
+    cores: XLA splits operations for the cores it compiles on, but jax also loads programs of processes with other
+    cores. It also holds the autotuned kernels of a GPU, so that the next run on this machine gives the same results.
     """
     keep_freed_memory()
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(base) / "lungjax" / "xla"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(base) / "lungjax" / f"xla-{cores()}-cores"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     xla_flags = os.environ.get("XLA_FLAGS", "")
     if "xla_gpu_exclude_nondeterministic_ops" not in xla_flags:
