@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from lungjax import config as configs
@@ -131,6 +132,7 @@ def train_loop(
     Only finite states are saved. Raises Interrupted after a signal, once the state is saved.
     """
     config, built = run.config.train, run.program
+    on_cpu = built.mesh.devices.flat[0].platform == "cpu"
     first = step = int(state.step)
 
     def due(every: int) -> bool:
@@ -158,9 +160,12 @@ def train_loop(
                     return None
                 interrupted = watch.should_stop(step)
 
-                # ---- Train; the host runs ahead of the devices
+                # ---- Train; the host runs ahead of GPUs and TPUs. On a CPU this would allocate the memory of the next
+                # step during this one, and make both slower.
                 if not interrupted:
                     state, step_metrics = profiler.call(step + 1, built.train_step, state, next(batches))
+                    if on_cpu:
+                        jax.block_until_ready(step_metrics)
                     if step == first:
                         stack.enter_context(environment.trimming())  # without the memory of the compiler
                     step += 1

@@ -217,8 +217,7 @@ def contender(name: str, network: str) -> tuple[dict[str, Any], Callable[[], dic
 
     def run(steps: int) -> None:
         for _ in range(steps):
-            loss = advance()
-        float(loss)  # waits for the step
+            float(advance())  # waits for the step, as `lungjax.training.train` and the progress bar of Keras do
 
     run(1)
     steps = max(1, round(TURN_SECONDS * WARM_STEPS / harness.timed(lambda: run(WARM_STEPS))))
