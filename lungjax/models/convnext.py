@@ -16,6 +16,7 @@ from lungjax.config import HeadConfig
 from lungjax.models.layers import Conv, DropPath, Layer
 from lungjax.models.network import Network
 from lungjax.models.ops.conv import product, to_float32
+from lungjax.models.ops.gelu import gelu
 
 EPSILON = 1e-6  # of layer norm and global response norm
 LAYER_SCALE = 1e-6  # initial value
@@ -57,7 +58,7 @@ class Block(nn.Module):
         multiply = lambda x, kernel, *_, **__: product(x, kernel)  # noqa: E731
         dense = partial(nn.Dense, dtype=self.dtype, kernel_init=KERNEL_INIT, dot_general=multiply)
         x = self.norm(name="norm")(self.conv(channels, 7, padding="SAME", groups=-1, name="dwconv")(x))
-        x = nn.gelu(dense(4 * channels, name="dense1")(x), approximate=False)
+        x = gelu(dense(4 * channels, name="dense1")(x))
         if self.grn:
             x = GlobalResponseNorm(self.dtype, name="grn")(x)
         x = dense(channels, name="dense2")(x)

@@ -8,6 +8,7 @@ A ratio above 1 means that the form pays: the step takes that many times as long
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tests.benchmarks import harness
@@ -30,6 +31,7 @@ NETWORKS = {  # form and a network that uses it
     "window max dx": "cbr_larget",
     "strided or valid dx": "cbr_larget",
     "average pool": "densenet121",
+    "GELU": "convnext_tiny",
 }
 
 
@@ -37,7 +39,7 @@ def replacements() -> dict[str, dict[tuple[Any, str], Any]]:
     """Returns the attributes that each form replaces, with the plain operations."""
     from flax import linen as nn
 
-    from lungjax.models import densenet
+    from lungjax.models import convnext, densenet
     from lungjax.models.ops import batch_norm, conv, pooling
 
     def plain_if(depthwise: bool, plain: Callable, function: Callable) -> Callable:
@@ -64,6 +66,7 @@ def replacements() -> dict[str, dict[tuple[Any, str], Any]]:
         "window max": {(pooling, "_window_max"): pooling.plain_window_max},
         "window max dx": {(pooling, "_window_max_dx"): pooling._plain_window_max_dx},
         "average pool": {(densenet, "avg_pool_2x2"): lambda x: nn.avg_pool(x, (2, 2), (2, 2))},
+        "GELU": {(convnext, "gelu"): partial(nn.gelu, approximate=False)},
         "isolated fusions": {(m, "isolate_fusion"): lambda function, *args: function(*args) for m in modules},
         "products by YNNPACK": {(conv, "compiler_options"): with_option(fusions, "LIBRARY_FUSION_TYPE_REDUCE")},
         "reductions by YNNPACK": {

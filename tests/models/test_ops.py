@@ -1,5 +1,6 @@
 """The CPU forms of convolutions, pooling and batch norm, and their gradients, against XLA and flax.linen."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +12,7 @@ from flax import linen as nn
 
 from lungjax.models import layers
 from lungjax.models.ops import batch_norm, conv, pooling
+from lungjax.models.ops.gelu import gelu
 
 
 def draw(seed, *shape, dtype="float32"):
@@ -112,6 +114,7 @@ def test_form_of_each_platform():
         (convolve, (x, kernel), word, 3, 0), (convolve, (gray, kernel), word, 3, 1),
         (lambda x: layers.max_pool(x, 3, 2), (x,), "select_and_scatter", 1, 0),
         (pooling.avg_pool_2x2, (x,), "reduce_window", 1, 0), (norm, (x,), 'inlineable = "false"', 0, 5),
+        (gelu, (x,), 'inlineable = "false"', 0, 2),
     ):  # fmt: skip
         for platform, count in (("cuda", default), ("tpu", default), ("cpu", cpu)):
             assert lowered(function, platform, *args).count(operation) == count, (operation, platform)
@@ -291,6 +294,18 @@ def test_batch_norm_and_activation_against_linen(name, dtype):
                 assert np.linalg.norm(a - b) <= 0.02 * np.linalg.norm(b)
         else:
             close(got, expected, {"float32": 5e-6, "float64": 2e-7}[dtype])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 0.02)])
+def test_gelu_by_hand(dtype, tolerance):
+    x = jnp.linspace(-6, 6, 49, dtype=dtype)
+    y, dx = with_gradients(gelu, x)
+    points = [float(value) for value in x]
+    below = [(1 + math.erf(t / math.sqrt(2))) / 2 for t in points]  # of the normal distribution
+    density = [math.exp(-t * t / 2) / math.sqrt(2 * math.pi) for t in points]
+    slope = [p + t * d for t, p, d in zip(points, below, density, strict=True)]
+    cotangent = np.asarray(draw(9, 49, dtype=dtype), np.float64)
+    close([y, dx], [np.multiply(points, below), cotangent * slope], tolerance)
 
 
 def test_float32_statistics_of_bfloat16_maps():

@@ -24,7 +24,7 @@ DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 MAX_SLICED_CHANNELS = 3  # forward convolutions of at most this many channels (images) are sums of scaled slices
 MAX_FUSED_TERMS = 27  # per loop; more spill registers
 MAX_SLICED_TERMS = 49  # of a sum; above this XLA's own convolution is faster
-MAX_SUMMED_CELLS = 8, 4  # rows and columns of cells summed per element of the kernel's gradient
+MAX_SUMMED_ROWS = 8  # per element of a kernel's gradient; more arrays than this don't fit into the address registers
 
 # Part of the key of jit's caches, so a program traced in one form is never reused for another.
 _PLAIN: Any = jax.make_user_context(False)
@@ -233,12 +233,13 @@ def scatter_gradient(
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Returns the kernel's gradient, in one loop if 3x3; each result sums several cells, which saves memory traffic."""
+    """Returns the kernel's gradient, in one loop if 3x3; each result sums several rows, which saves memory traffic."""
     kh, kw, _, _ = kernel.shape
-    rows, columns = (_parts(n, limit) for n, limit in zip(dy.shape[1:3], MAX_SUMMED_CELLS, strict=True))
-    dy = pad(dy, [(0, -n % parts) for n, parts in zip(dy.shape[1:3], (rows, columns), strict=True)])
+    cells = dy.shape[1]
+    # Many rows per sum, but little padding.
+    rows = min(range(1, MAX_SUMMED_ROWS + 1), key=lambda rows: -(-cells // rows) * rows + cells / rows)
+    dy = pad(dy, ((0, -cells % rows), (0, 0)))
     height, width = dy.shape[1:3]
-    block = width // columns
     (down, across), span = strides, (height - 1) * strides[0] + 1
     # Cells read past the end of the padded map are multiplied by the zeros added to dy.
     reach = [(n - 1) * s + k for n, s, k in zip((height, width), strides, (kh, kw), strict=True)]
@@ -247,11 +248,11 @@ def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: 
 
     def add_up(part: jax.Array, dy: jax.Array) -> jax.Array:
         def tap(i: int, j: int) -> jax.Array:
+            columns = slice(j, j + (width - 1) * across + 1, across)
             total: Any = 0.0
-            for row, column in itertools.product(range(rows), range(0, width, block)):
-                left = j + column * across
-                x = part[:, i + row * down : i + span : rows * down, left : left + (block - 1) * across + 1 : across]
-                total += to_float32(x) * to_float32(dy[:, row::rows, column : column + block])
+            for row in range(rows):
+                x = part[:, i + row * down : i + span : rows * down, columns]
+                total += to_float32(x) * to_float32(dy[:, row::rows])
             return total
 
         return jnp.stack([tap(i, j) for i, j in itertools.product(range(kernel_rows), range(kw))])
@@ -262,11 +263,6 @@ def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: 
 
     sums = sums_from(jnp.array(0)) if kernel_rows == kh else lax.map(sums_from, jnp.arange(kh))
     return sums.reshape(kernel.shape).astype(kernel.dtype)
-
-
-def _parts(cells: int, limit: int) -> int:
-    """Returns the number of parts, up to `limit`, that best balances few cells per part against little padding."""
-    return min(range(1, limit + 1), key=lambda parts: -(-cells // parts) * parts + cells / parts)
 
 
 def _dx(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
