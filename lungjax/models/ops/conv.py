@@ -7,6 +7,7 @@ accelerator; `tests/benchmarks/README.md` has the measurements. The choice is ma
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -24,7 +25,7 @@ DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 MAX_SLICED_CHANNELS = 3  # forward convolutions of at most this many channels (images) are sums of scaled slices
 MAX_FUSED_TERMS = 27  # per loop; more spill registers
 MAX_SLICED_TERMS = 49  # of a sum; above this XLA's own convolution is faster
-MAX_SUMMED_ROWS = 8  # per element of a kernel's gradient; more arrays than this don't fit into the address registers
+MAX_BLOCK = 8  # images and rows per block of a kernel's gradient; longer sums don't fit into the address registers
 
 # Part of the key of jit's caches, so a program traced in one form is never reused for another.
 _PLAIN: Any = jax.make_user_context(False)
@@ -233,35 +234,41 @@ def scatter_gradient(
 
 
 def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Returns the kernel's gradient, in one loop if 3x3; each result sums several rows, which saves memory traffic."""
-    kh, kw, _, _ = kernel.shape
-    cells = dy.shape[1]
-    # Many rows per sum, but little padding.
-    rows = min(range(1, MAX_SUMMED_ROWS + 1), key=lambda rows: -(-cells // rows) * rows + cells / rows)
-    dy = pad(dy, ((0, -cells % rows), (0, 0)))
-    height, width = dy.shape[1:3]
-    (down, across), span = strides, (height - 1) * strides[0] + 1
+    """Returns the kernel's gradient, a sum over blocks of images and rows that stay in the cache for all its cells."""
+    (kh, kw, _, _), (down, across), cells = kernel.shape, strides, dy.shape[1]
+    # Many rows per block, but little padding.
+    rows = min(range(1, MAX_BLOCK + 1), key=lambda rows: -(-cells // rows) * rows + cells / rows)
+    bands, images = -(-cells // rows), math.gcd(len(x), MAX_BLOCK)
+    dy = pad(dy, ((0, bands * rows - cells), (0, 0)))
     # Cells read past the end of the padded map are multiplied by the zeros added to dy.
-    reach = [(n - 1) * s + k for n, s, k in zip((height, width), strides, (kh, kw), strict=True)]
-    padded = pad(x, [(low, end - low - n) for (low, _), end, n in zip(pads, reach, x.shape[1:3], strict=True)])
+    reach = [(n - 1) * s + k for n, s, k in zip(dy.shape[1:3], strides, (kh, kw), strict=True)]
+    x = pad(x, [(low, end - low - n) for (low, _), end, n in zip(pads, reach, x.shape[1:3], strict=True)])
+    # Strided, so that each block stays distributed over all devices.
+    x, dy = (z.reshape(images, -1, *z.shape[1:]) for z in (x, dy))
     kernel_rows = kh if kh * kw <= 9 else 1  # per loop
+    span, columns = (rows - 1) * down + kernel_rows, (dy.shape[3] - 1) * across + 1
 
     def add_up(part: jax.Array, dy: jax.Array) -> jax.Array:
         def tap(i: int, j: int) -> jax.Array:
-            columns = slice(j, j + (width - 1) * across + 1, across)
-            total: Any = 0.0
-            for row in range(rows):
-                x = part[:, i + row * down : i + span : rows * down, columns]
-                total += to_float32(x) * to_float32(dy[:, row::rows])
-            return total
+            parts = (part[:, i + row * down, j : j + columns : across] for row in range(rows))
+            return sum(to_float32(part) * to_float32(dy[:, row]) for row, part in enumerate(parts))
 
         return jnp.stack([tap(i, j) for i, j in itertools.product(range(kernel_rows), range(kw))])
 
-    def sums_from(i: jax.Array) -> jax.Array:
-        part = lax.dynamic_slice_in_dim(padded, i, span + kernel_rows - 1, 1)
-        return isolate_fusion(add_up, part, dy).sum((2, 3)).sum(1)
+    def sums_of(block: jax.Array) -> jax.Array:
+        group, first = block // bands, block % bands * rows
 
-    sums = sums_from(jnp.array(0)) if kernel_rows == kh else lax.map(sums_from, jnp.arange(kh))
+        def part(z: jax.Array, first: jax.Array, rows: int) -> jax.Array:
+            return lax.dynamic_slice(z, (0, group, first, 0, 0), (images, 1, rows, *z.shape[3:]))[:, 0]
+
+        dy_part = part(dy, first, rows)
+
+        def sums_from(i: Any) -> jax.Array:
+            return isolate_fusion(add_up, part(x, first * down + i, span), dy_part).sum(2).sum(1)
+
+        return sums_from(0) if kernel_rows == kh else lax.map(sums_from, jnp.arange(kh))
+
+    sums = lax.map(sums_of, jnp.arange(dy.shape[1] * bands)).sum(0)
     return sums.reshape(kernel.shape).astype(kernel.dtype)
 
 
