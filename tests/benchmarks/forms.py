@@ -8,7 +8,6 @@ A ratio above 1 means that the form pays: the step takes that many times as long
 
 import statistics
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from tests.benchmarks import harness
@@ -40,7 +39,7 @@ def replacements() -> dict[str, dict[tuple[Any, str], Any]]:
     from flax import linen as nn
 
     from lungjax.models import convnext, densenet
-    from lungjax.models.ops import batch_norm, conv, pooling
+    from lungjax.models.ops import batch_norm, conv, gelu, pooling
 
     def plain_if(depthwise: bool, plain: Callable, function: Callable) -> Callable:
         def choose(x: Any, kernel: Any, *args: Any, **options: Any) -> Any:
@@ -52,7 +51,7 @@ def replacements() -> dict[str, dict[tuple[Any, str], Any]]:
         options = conv.compiler_options
         return lambda *args, **fields: options(*args, **fields) | {name: value}
 
-    fusions, modules = "xla_cpu_experimental_ynn_fusion_type", (batch_norm, conv, pooling)
+    fusions, modules = "xla_cpu_experimental_ynn_fusion_type", (batch_norm, conv, gelu, pooling)
     return {
         "depthwise forward": {(conv, "_forward"): plain_if(True, conv.plain_conv, conv._forward)},
         "3 channels forward": {(conv, "_forward"): plain_if(False, conv.plain_conv, conv._forward)},
@@ -66,7 +65,7 @@ def replacements() -> dict[str, dict[tuple[Any, str], Any]]:
         "window max": {(pooling, "_window_max"): pooling.plain_window_max},
         "window max dx": {(pooling, "_window_max_dx"): pooling._plain_window_max_dx},
         "average pool": {(densenet, "avg_pool_2x2"): lambda x: nn.avg_pool(x, (2, 2), (2, 2))},
-        "GELU": {(convnext, "gelu"): partial(nn.gelu, approximate=False)},
+        "GELU": {(convnext, "gelu"): gelu.plain_gelu},
         "isolated fusions": {(m, "isolate_fusion"): lambda function, *args: function(*args) for m in modules},
         "products by YNNPACK": {(conv, "compiler_options"): with_option(fusions, "LIBRARY_FUSION_TYPE_REDUCE")},
         "reductions by YNNPACK": {

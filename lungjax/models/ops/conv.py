@@ -25,7 +25,7 @@ DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 MAX_SLICED_CHANNELS = 3  # forward convolutions of at most this many channels (images) are sums of scaled slices
 MAX_FUSED_TERMS = 27  # per loop; more spill registers
 MAX_SLICED_TERMS = 49  # of a sum; above this XLA's own convolution is faster
-MAX_BLOCK = 8  # images and rows per block of a kernel's gradient; longer sums don't fit into the address registers
+MAX_BLOCK = 8  # images and rows per block of a kernel's gradient; longer sums of rows exceed the address registers
 
 # Part of the key of jit's caches, so a program traced in one form is never reused for another.
 _PLAIN: Any = jax.make_user_context(False)
