@@ -215,7 +215,7 @@ def test_token():
 
 
 def test_repeated_wrong_tokens(caplog, monkeypatch):
-    monkeypatch.setattr(middleware, "TOKEN_DELAY", 0.05)
+    monkeypatch.setattr(middleware, "TOKEN_DELAY", 0.2)
     caplog.set_level(logging.INFO)
 
     def ask(source, token):
@@ -225,10 +225,10 @@ def test_repeated_wrong_tokens(caplog, monkeypatch):
             return one.getresponse().status, time.monotonic() - started
 
     with running(token=TOKEN) as service:
-        wrong = [ask("127.0.0.1", "wrong") for _ in range(8)]
-        assert {status for status, _ in wrong} == {401} and wrong[-1][1] > 0.4 > wrong[0][1]
+        wrong = [ask("127.0.0.1", "wrong") for _ in range(5)]
+        assert {status for status, _ in wrong} == {401} and wrong[-1][1] > 1 > wrong[0][1]
         for _, seconds in (ask("127.0.0.1", TOKEN), ask("127.0.0.2", "wrong"), ask("127.0.0.1", TOKEN)):
-            assert seconds < 0.3
+            assert seconds < 1
     lines = [record.getMessage() for record in caplog.records if record.name == "lungjax.serve"]
     assert len(lines) == 3 and "wrong token" in lines[0] and lines[1].startswith("GET /metrics 200")
 
