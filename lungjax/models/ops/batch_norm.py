@@ -97,12 +97,15 @@ def _backward(*arrays: Array, epsilon: float, activation: Activation, dtype: Any
         def inner(x: Array, dy: Array, factor: Array, offset: Array) -> Array:
             return dy
 
+    def row_sums(z: Array) -> Array:
+        first, *others = (z[:, n::rows] for n in range(rows))
+        return sum(others, first)
+
     def add_up(x: Array, dy: Array, factor: Array, offset: Array) -> Array:
-        return sum(inner(x[:, n::rows], dy[:, n::rows], factor, offset) for n in range(rows))
+        return row_sums(inner(x, dy, factor, offset))
 
     def add_up_times_x(x: Array, dy: Array, factor: Array, offset: Array, mean: Array) -> Array:
-        parts = ((x[:, n::rows], dy[:, n::rows]) for n in range(rows))
-        return sum(inner(x, dy, factor, offset) * (x - mean) for x, dy in parts)
+        return row_sums(inner(x, dy, factor, offset) * (x - mean))
 
     def combine(x: Array, dy: Array, factor: Array, offset: Array, slope: Array, level: Array) -> Array:
         return (factor * inner(x, dy, factor, offset) - slope * x - level).astype(x.dtype)

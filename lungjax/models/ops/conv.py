@@ -38,8 +38,16 @@ def plain_forms() -> AbstractContextManager[None]:
 
 def cpu_or_default(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], **options: Any) -> Any:
     """Returns cpu(*args, **options) when lowered for a CPU, else (and inside `plain_forms`) that of `default`."""
-    cpu, default = partial(cpu, **options), partial(default, **options)
-    return default(*args) if _PLAIN.value else lax.platform_dependent(*args, cpu=cpu, default=default)
+    if _PLAIN.value:
+        return default(*args, **options)
+    return _by_platform(*args, cpu=cpu, default=default, options=tuple(options.items()))
+
+
+@partial(jax.jit, static_argnames=("cpu", "default", "options"))
+def _by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], options: tuple[Any, ...]) -> Any:
+    # Under jit, so that layers of equal shapes are traced and lowered once.
+    cpu, default = (partial(form, **dict(options)) for form in (cpu, default))
+    return lax.platform_dependent(*args, cpu=cpu, default=default)
 
 
 def pair(value: int | Sequence[int]) -> Pair:
@@ -250,8 +258,9 @@ def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: 
 
     def add_up(part: jax.Array, dy: jax.Array) -> jax.Array:
         def tap(i: int, j: int) -> jax.Array:
-            parts = (part[:, i + row * down, j : j + columns : across] for row in range(rows))
-            return sum(to_float32(part) * to_float32(dy[:, row]) for row, part in enumerate(parts))
+            covered = part[:, i : i + (rows - 1) * down + 1 : down, j : j + columns : across]
+            products = to_float32(covered) * to_float32(dy)
+            return sum(products[:, row] for row in range(rows))
 
         return jnp.stack([tap(i, j) for i, j in itertools.product(range(kernel_rows), range(kw))])
 

@@ -17,15 +17,23 @@ def gelu(x: jax.Array) -> jax.Array:
     On a CPU they are computed once. XLA would compute them again within the transposed copy that the kernel gradient of
     the next layer needs, which is slow. As in `conv`, forward-mode derivatives do not work.
     """
-    return cpu_or_default(x, cpu=partial(isolate_fusion, plain_gelu), default=plain_gelu)
+    return cpu_or_default(x, cpu=_gelu, default=plain_gelu)
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return isolate_fusion(plain_gelu, x)
 
 
 def _plain_dx(x: jax.Array, dy: jax.Array) -> jax.Array:
     return jax.vjp(plain_gelu, x)[1](dy)[0]
 
 
+def _dx(x: jax.Array, dy: jax.Array) -> jax.Array:
+    return isolate_fusion(_plain_dx, x, dy)
+
+
 def _gradient(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
-    return (cpu_or_default(x, dy, cpu=partial(isolate_fusion, _plain_dx), default=_plain_dx),)
+    return (cpu_or_default(x, dy, cpu=_dx, default=_plain_dx),)
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gradient)
