@@ -251,10 +251,11 @@ def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: 
     # Cells read past the end of the padded map are multiplied by the zeros added to dy.
     reach = [(n - 1) * s + k for n, s, k in zip(dy.shape[1:3], strides, (kh, kw), strict=True)]
     x = pad(x, [(low, end - low - n) for (low, _), end, n in zip(pads, reach, x.shape[1:3], strict=True)])
-    # Strided, so that each block stays distributed over all devices.
-    x, dy = (z.reshape(images, -1, *z.shape[1:]) for z in (x, dy))
+    # Of the images, every n-th is in the same block, so that each block stays distributed over all devices.
+    height, blocks = x.shape[1], len(x) // images * bands
+    x, dy = (z.reshape(images, -1, *z.shape[2:]) for z in (x, dy))
     kernel_rows = kh if kh * kw <= 9 else 1  # per loop
-    span, columns = (rows - 1) * down + kernel_rows, (dy.shape[3] - 1) * across + 1
+    span, columns = (rows - 1) * down + kernel_rows, (dy.shape[2] - 1) * across + 1
 
     def add_up(part: jax.Array, dy: jax.Array) -> jax.Array:
         def tap(i: int, j: int) -> jax.Array:
@@ -265,19 +266,16 @@ def _depthwise_dkernel(x: jax.Array, kernel: jax.Array, dy: jax.Array, strides: 
         return jnp.stack([tap(i, j) for i, j in itertools.product(range(kernel_rows), range(kw))])
 
     def sums_of(block: jax.Array) -> jax.Array:
-        group, first = block // bands, block % bands * rows
-
-        def part(z: jax.Array, first: jax.Array, rows: int) -> jax.Array:
-            return lax.dynamic_slice(z, (0, group, first, 0, 0), (images, 1, rows, *z.shape[3:]))[:, 0]
-
-        dy_part = part(dy, first, rows)
+        top = block // bands * height + block % bands * rows * down
+        dy_part = lax.dynamic_slice_in_dim(dy, block * rows, rows, 1)
 
         def sums_from(i: Any) -> jax.Array:
-            return isolate_fusion(add_up, part(x, first * down + i, span), dy_part).sum(2).sum(1)
+            part = lax.dynamic_slice_in_dim(x, top + i, span, 1)
+            return isolate_fusion(add_up, part, dy_part).sum(2).sum(1)
 
         return sums_from(0) if kernel_rows == kh else lax.map(sums_from, jnp.arange(kh))
 
-    sums = lax.map(sums_of, jnp.arange(dy.shape[1] * bands)).sum(0)
+    sums = lax.map(sums_of, jnp.arange(blocks)).sum(0)
     return sums.reshape(kernel.shape).astype(kernel.dtype)
 
 
