@@ -98,8 +98,7 @@ def _backward(*arrays: Array, epsilon: float, activation: Activation, dtype: Any
             return dy
 
     def row_sums(z: Array) -> Array:
-        first, *others = (z[:, n::rows] for n in range(rows))
-        return sum(others, first)
+        return sum(z[:, n::rows] for n in range(rows))
 
     def add_up(x: Array, dy: Array, factor: Array, offset: Array) -> Array:
         return row_sums(inner(x, dy, factor, offset))
