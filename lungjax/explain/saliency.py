@@ -295,9 +295,9 @@ class Explainer:
 
     def _program(self, name: str) -> Any:
         if name not in self._programs:
-            own = {"predict": self._predict, "slope": self._slope, "occlude": self._occlude}
+            own: dict[str, Any] = {"predict": self._predict, "slope": self._slope, "occlude": self._occlude}
             function = self.cam(name) if name in CAMS else own[name]
-            self._programs[name] = jax.jit(function, compiler_options=conv.compiler_options())
+            self._programs[name] = conv.jit(function)
         return self._programs[name]
 
     def _predict(self, folded: dict[str, Any], pixels: jax.Array) -> jax.Array:

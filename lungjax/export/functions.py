@@ -139,7 +139,7 @@ class Functions:
     @cached_property
     def _reference(self) -> Any:
         run = partial(self._outputs, partial(self.module.apply, train=False))
-        return jax.jit(run, compiler_options=conv.compiler_options(train=False))
+        return conv.jit(run, train=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +241,7 @@ def _restored(metadata: Metadata, network: Any, weights: Any, where: str) -> Fun
     configs.check(config)
     module, spec = models.build(config.model, len(metadata.classes)), metadata.input
     shape = (*spec.size, spec.network_channels)
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *shape)), train=False))
+    shapes = models.abstract_variables(module, shape)
     with conv.plain_forms():
         pairs = FoldedModel(module, shapes, shape).pairs
     leaves = batch_norm_folding.unfold(weights, pairs)

@@ -286,7 +286,7 @@ def _load_run(workdir: Path) -> Model:
         logits, features = predictor(variables, normalize(pixels, spec))
         return named_outputs(logits, features["last"], description)
 
-    compiled = jax.jit(forward, compiler_options=conv.compiler_options(train=False))
+    compiled = conv.jit(forward, train=False)
     explainer = saliency.Explainer(network.module, network.variables, spec, description.positive, tta=description.tta)
     size = prediction_batch_size(network.config, 1, jax.default_backend())
     return Model(

@@ -25,7 +25,6 @@ NETWORKS = {  # form and a network that uses it
     "products by YNNPACK": "mobilenetv2",
     "reductions by YNNPACK": "mobilenetv2",
     "vectors of 512 bits": "mobilenetv2",
-    "1 channel forward": "cbr_larget",
     "window max": "cbr_larget",
     "window max dx": "cbr_larget",
     "strided or valid dx": "cbr_larget",
@@ -55,7 +54,6 @@ def replacements() -> dict[str, dict[tuple[Any, str], Any]]:
     return {
         "depthwise forward": {(conv, "_forward"): plain_if(True, conv.plain_conv, conv._forward)},
         "3 channels forward": {(conv, "_forward"): plain_if(False, conv.plain_conv, conv._forward)},
-        "1 channel forward": {(conv, "_forward"): plain_if(False, conv.plain_conv, conv._forward)},
         "depthwise dx": {(conv, "_dx"): plain_if(True, conv._plain_dx, conv._dx)},
         "strided or valid dx": {(conv, "_dx"): plain_if(False, conv._plain_dx, conv._dx)},
         "depthwise dkernel": {(conv, "_depthwise_dkernel"): conv._plain_dkernel},

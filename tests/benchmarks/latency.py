@@ -84,7 +84,7 @@ def ours(network: str, weights: str) -> tuple[dict[str, Any], Turn]:
         logits, features = built(folded, normalize(pixels, spec))
         return named_outputs(logits, features["last"], metadata)
 
-    compiled = jax.jit(forward, compiler_options=conv.compiler_options(train=False))
+    compiled = conv.jit(forward, train=False)
     images = {batch: pixels(batch) for batch in BATCHES}
     logits = np.asarray(compiled(folded, pixels(CHECKED))["logits"])
     facts = {"versions": f"jax {jax.__version__}", "logits": logits.tolist()}

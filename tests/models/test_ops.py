@@ -42,7 +42,7 @@ def lowered(function, platform, *args):
         y, pull = jax.vjp(function, *args)
         return y, pull(y)
 
-    return jax.jit(run).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+    return conv.jit(run, platform).trace(*args).lower(lowering_platforms=(platform,)).as_text()
 
 
 # height, width, kernel, strides, padding

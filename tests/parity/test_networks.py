@@ -74,7 +74,7 @@ def run_ours(case: Case, path: Path, expected: dict[str, Any]) -> dict[str, Any]
             logits, features = net.apply(v, x, train=False)
             return features["last"].mean((1, 2)) if case.headless else logits
 
-        apply = jax.jit(forward, compiler_options=conv.compiler_options())
+        apply = conv.jit(forward)
         cells[column] = difference(apply(variables, inputs), expected[column])
         if column == "default size":
             params = trees.flatten(variables["params"])
@@ -151,7 +151,7 @@ def training(case: Case, path: Path, expected: dict[str, Any]) -> float:
         (logits, _), _ = net.apply({**variables, "params": params}, inputs, **options)
         return jnp.square(logits).mean(), logits
 
-    run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=conv.compiler_options())
+    run = conv.jit(jax.grad(loss, has_aux=True))
     grads, logits = run(variables["params"])
     grads, by_name = trees.flatten(grads), expected["gradients"]
     if case.layout == "ours":

@@ -8,7 +8,6 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from skimage import data
@@ -38,7 +37,7 @@ def test_logits_of_photographs(lite):
     net, variables, spec = lungjax.create(f"efficientnet_lite{lite}", weights="imagenet")
     images = lungjax.preprocess([center(getattr(data, name)()) for name in PHOTOGRAPHS], spec)
     assert images.shape == (3, *catalogue.find(f"efficientnet_lite{lite}").input.size, 3)
-    run = jax.jit(partial(net.apply, train=False), compiler_options=conv.compiler_options())
+    run = conv.jit(partial(net.apply, train=False))
     logits = np.asarray(run(variables, images)[0])
     assert dict(zip(PHOTOGRAPHS, logits.argmax(1), strict=True)) == PHOTOGRAPHS
     expected = np.load(Path(__file__).parents[1] / "lite_logits.npz")[str(lite)]

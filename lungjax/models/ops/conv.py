@@ -1,8 +1,8 @@
 """NHWC convolutions in forms that XLA compiles to fast code on each platform.
 
-The form is chosen at lowering, so the same traced model runs CPU forms on a CPU and the plain operation on an
-accelerator; `tests/benchmarks/README.md` has the measurements. The choice is made inside custom gradient rules, so
-`jax.grad` and `jax.vjp` work, but not forward-mode derivatives (`jax.jvp`).
+A program for a CPU gets the CPU forms, and one for an accelerator the plain operations; `tests/benchmarks/README.md`
+has the measurements. The choice is made inside custom gradient rules, so `jax.grad` and `jax.vjp` work, but not
+forward-mode derivatives (`jax.jvp`).
 """
 
 import functools
@@ -22,32 +22,42 @@ Pair = tuple[int, int]
 Pads = tuple[Pair, Pair]
 Padding = str | int | Sequence[int | Sequence[int]]
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-MAX_SLICED_CHANNELS = 3  # forward convolutions of at most this many channels (images) are sums of scaled slices
-MAX_FUSED_TERMS = 27  # per loop; more spill registers
-MAX_SLICED_TERMS = 49  # of a sum; above this XLA's own convolution is faster
+MAX_SLICED_TERMS = 27  # of a dense kernel (3 x 3 of RGB images); with more, XLA's own convolution is faster
 MAX_BLOCK = 8  # images and rows per block of a kernel's gradient; longer sums of rows exceed the address registers
 
-# Part of the key of jit's caches, so a program traced in one form is never reused for another.
-_PLAIN: Any = jax.make_user_context(False)
+PLAIN = "plain"
+
+# The platform whose forms are traced, None for that of this process, or PLAIN. It is part of the key of jit's caches,
+# so a program traced in one form is never reused for another.
+_FORMS: Any = jax.make_user_context(None)
 
 
 def plain_forms() -> AbstractContextManager[None]:
     """Returns a context in which networks are traced as XLA's plain operations, for exports and fast compilation."""
-    return _PLAIN(True)
+    return _FORMS(PLAIN)
+
+
+def jit(function: Callable[..., Any], platform: str | None = None, train: bool = True, **options: Any) -> Any:
+    """Returns jax.jit(function, **options) with the forms and `compiler_options` of `platform`, by default this one."""
+
+    @functools.wraps(getattr(function, "func", function))  # profiles show the name, which a partial lacks
+    def traced(*args: Any) -> Any:
+        with _FORMS(_FORMS.value or platform):
+            return function(*args)
+
+    return jax.jit(traced, compiler_options=compiler_options(platform, train), **options)
 
 
 def cpu_or_default(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], **options: Any) -> Any:
-    """Returns cpu(*args, **options) when lowered for a CPU, else (and inside `plain_forms`) that of `default`."""
-    if _PLAIN.value:
-        return default(*args, **options)
-    return _by_platform(*args, cpu=cpu, default=default, options=tuple(options.items()))
+    """Returns cpu(*args, **options) in a program for a CPU, else (and inside `plain_forms`) that of `default`."""
+    form = cpu if (_FORMS.value or jax.default_backend()) == "cpu" else default
+    return _apply(*args, form=form, options=tuple(options.items()))
 
 
-@partial(jax.jit, static_argnames=("cpu", "default", "options"))
-def _by_platform(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], options: tuple[Any, ...]) -> Any:
+@partial(jax.jit, static_argnames=("form", "options"))
+def _apply(*args: Any, form: Callable[..., Any], options: tuple[Any, ...]) -> Any:
     # Under jit, so that layers of equal shapes are traced and lowered once.
-    cpu, default = (partial(form, **dict(options)) for form in (cpu, default))
-    return lax.platform_dependent(*args, cpu=cpu, default=default)
+    return form(*args, **dict(options))
 
 
 def pair(value: int | Sequence[int]) -> Pair:
@@ -97,7 +107,7 @@ def compiler_options(platform: str | None = None, train: bool = True) -> dict[st
 
 def convolve(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
     """Convolves x [B, H, W, C] with kernel [h, w, C / groups, D]; a 1x1 convolution becomes a matrix product."""
-    if kernel.shape[:3] == (1, 1, x.shape[-1]) and pads == ((0, 0), (0, 0)) and not _PLAIN.value:
+    if kernel.shape[:3] == (1, 1, x.shape[-1]) and pads == ((0, 0), (0, 0)) and _FORMS.value != PLAIN:
         return product(x[:, :: strides[0], :: strides[1]], kernel[0, 0])
     return _convolve(x, kernel, strides, pads)
 
@@ -190,17 +200,14 @@ def slices(x: jax.Array, window: Pair, strides: Pair) -> list[tuple[int, int, ja
 
 
 def _forward(x: jax.Array, kernel: jax.Array, strides: Pair, pads: Pads) -> jax.Array:
-    """Sums shifted slices for depthwise kernels and few-channel images, in float32 or wider; else `plain_conv`."""
+    """Sums shifted slices for depthwise and very small kernels, in float32 or wider; else `plain_conv`."""
     (kh, kw, depth, _), depthwise = kernel.shape, _is_depthwise(x, kernel)
-    sliced = depth == x.shape[-1] <= MAX_SLICED_CHANNELS and kh * kw * depth <= MAX_SLICED_TERMS
-    if not depthwise and not sliced:
+    if not depthwise and (depth != x.shape[-1] or kh * kw * depth > MAX_SLICED_TERMS):
         return plain_conv(x, kernel, strides, pads)
 
     def add_up(padded: jax.Array, kernel: jax.Array) -> jax.Array:
         total: Any = 0.0
         for i, j, part in slices(padded, (kh, kw), strides):
-            if sliced and j == 0 and i > 0 and kh * kw * depth > MAX_FUSED_TERMS:
-                total = lax.optimization_barrier(total)  # one loop per row of the kernel
             for c in range(depth):
                 total += to_float32(part if depthwise else part[..., c : c + 1]) * to_float32(kernel[i, j, c])
         return total.astype(x.dtype)

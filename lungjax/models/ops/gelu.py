@@ -20,16 +20,11 @@ def gelu(x: jax.Array) -> jax.Array:
     return cpu_or_default(x, cpu=_gelu, default=plain_gelu)
 
 
-def _gelu(x: jax.Array) -> jax.Array:
-    return isolate_fusion(plain_gelu, x)
-
-
 def _plain_dx(x: jax.Array, dy: jax.Array) -> jax.Array:
     return jax.vjp(plain_gelu, x)[1](dy)[0]
 
 
-def _dx(x: jax.Array, dy: jax.Array) -> jax.Array:
-    return isolate_fusion(_plain_dx, x, dy)
+_gelu, _dx = partial(isolate_fusion, plain_gelu), partial(isolate_fusion, _plain_dx)
 
 
 def _gradient(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:

@@ -71,8 +71,7 @@ def avg_pool_2x2(x: jax.Array) -> jax.Array:
     return cpu_or_default(x, cpu=_avg_pool, default=_plain_avg_pool)
 
 
-def _plain_avg_pool(x: jax.Array) -> jax.Array:
-    return nn.avg_pool(x, (2, 2), (2, 2))
+_plain_avg_pool = partial(nn.avg_pool, window_shape=(2, 2), strides=(2, 2))
 
 
 def _avg_pool(x: jax.Array) -> jax.Array:
