@@ -14,12 +14,10 @@ SCALES = r"(scale|gamma|weight|variable(_\d+)?|var|running_var|moving_variance)$
 
 def random_variables(module: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
     """Returns random variables of a linen network for images of shape `image_shape`."""
-    import jax  # here: `draw` is also called in environments with torch alone
-    import jax.numpy as jnp
-
+    from lungjax import models  # here: `draw` is also called in environments with torch alone
     from lungjax.models.trees import flatten, unflatten
 
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
+    shapes = models.abstract_variables(module, image_shape)
     return unflatten({path: draw(path, leaf.shape) for path, leaf in flatten(shapes).items()})
 
 

@@ -72,6 +72,7 @@ def check(config: Config) -> None:
         (NOT_NEGATIVE, lambda number: number >= 0, "must not be negative"),
         (FRACTIONS_BELOW_ONE, lambda number: 0 <= number < 1, "must be at least 0 and below 1"),
         (FRACTIONS, lambda number: 0 <= number <= 1, "must be from 0 to 1"),
+        (("train.seed",), lambda number: number < 2**32, f"must be below {2**32}"),
     ):
         for path in paths:
             numbers = leaves[path] if isinstance(leaves[path], tuple) else (leaves[path],)

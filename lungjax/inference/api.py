@@ -22,7 +22,6 @@ from lungjax.data import preprocess as preprocessing
 from lungjax.data.imaging import images as image_files
 from lungjax.models import trees
 from lungjax.models.inputs import normalize
-from lungjax.training import state
 from lungjax.weights import catalogue
 from lungjax.weights import load as loading
 
@@ -107,7 +106,8 @@ def _complete(module: nn.Module, spec: InputSpec, start: dict[str, np.ndarray], 
     """Returns variables with the leaves of `start`, which is emptied, and newly initialized leaves for the rest."""
 
     def initialize() -> dict[str, jax.Array]:
-        return trees.flatten(state.init(module, (*spec.size, spec.network_channels), seed))
+        image_shape = (*spec.size, spec.network_channels)
+        return trees.flatten(models.random_variables(module, image_shape, jax.random.key(seed)))
 
     names = {path.partition("/")[2]: path for path in jax.eval_shape(initialize)}  # without the collection
     leaves = {names[path]: jnp.asarray(start.pop(path)) for path in list(start)}  # in memory once

@@ -1,7 +1,7 @@
 """All networks by name. `network(images, train=...)` returns (logits, features)."""
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from lungjax.models.efficientnet import EFFICIENTNET, EFFICIENTNETV2
 from lungjax.models.head import output_count, with_defaults
 from lungjax.models.mobilenet import MOBILENET, MOBILENETV2
 from lungjax.models.mobilenetv3 import MOBILENETV3
+from lungjax.models.ops.conv import plain_forms
 from lungjax.models.resnet import BIT, RESNET
 from lungjax.models.squeezenet import SQUEEZENET
 from lungjax.models.transfusion import TRANSFUSION, XRAY_CNN
@@ -80,10 +81,16 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     return network.clone(**fields)
 
 
-@cache  # tracing a deep network takes seconds
+@partial(jax.jit, static_argnums=(0, 1))  # tracing a deep network takes seconds; this does it once
+def random_variables(module: nn.Module, image_shape: tuple[int, ...], key: jax.Array) -> dict[str, Any]:
+    """Returns newly initialized parameters and statistics, for images of [height, width, channels]."""
+    with plain_forms():  # the logits are not used
+        return dict(module.init(key, jnp.zeros((1, *image_shape)), train=False))
+
+
 def abstract_variables(module: nn.Module, image_shape: tuple[int, ...]) -> dict[str, Any]:
-    """Returns all parameters and statistics as `jax.ShapeDtypeStruct`, for images of [height, width, channels]."""
-    return dict(jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False)))
+    """Returns the same variables as `jax.ShapeDtypeStruct`."""
+    return jax.eval_shape(partial(random_variables, module, image_shape), jax.random.key(0))
 
 
 def leaf_shapes(module: nn.Module, image_shape: tuple[int, ...]) -> Mapping[str, Any]:

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
@@ -54,12 +53,14 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     steps, eval_steps = step_counts(config, len(labels))
     schedule = optim.make_schedule(config.optim, steps)
     image_shape = (*config.input.size, config.input.network_channels)
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), jnp.zeros((1, *image_shape)), train=False))
-    frozen = optim.frozen_paths(config.optim, shapes["params"])
-    optimizer = optim.make_optimizer(config.optim, schedule, trees.split(shapes["params"], frozen)[0])
+    params = models.abstract_variables(module, image_shape)["params"]
+    frozen = optim.frozen_paths(config.optim, params)
+    optimizer = optim.make_optimizer(config.optim, schedule, trees.split(params, frozen)[0])
     weights = optim.class_weights(config.optim.class_weights, labels, classes)
-    new_state = partial(state.create, module, optimizer, image_shape, config.train.seed, frozen, config.optim.ema > 0)
-    first = jax.eval_shape(new_state, {})
+    new_state = partial(state.create, module, optimizer, image_shape, frozen, config.optim.ema > 0)
+    seed = np.uint32(config.train.seed)
+    quick = {"xla_backend_optimization_level": 0} if platform == "cpu" else None  # it runs once
+    first = jax.eval_shape(new_state, seed, {})
     network = FoldedModel(module, first.variables, image_shape)
 
     # ---- Steps and their shardings
@@ -78,11 +79,12 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
         train_step = meshes.per_device(train_step, mesh)
 
     def prediction(network: Callable[..., Any]) -> Callable[..., Any]:
-        return jax.jit(
+        return conv.jit(
             partial(step.predict_step, network=network, config=config, positive=positive),
+            platform,
+            train=False,
             in_shardings=(None, batch_sharding),  # folded variables keep their own sharding
             out_shardings=replicated,
-            compiler_options=conv.compiler_options(platform, train=False),
         )
 
     predict_step = prediction(network)
@@ -92,16 +94,16 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
         schedule=schedule,
         steps=steps,
         eval_steps=eval_steps,
-        new_state=jax.jit(new_state, out_shardings=state_sharding),
+        new_state=partial(jax.jit(new_state, out_shardings=state_sharding, compiler_options=quick), seed),
         abstract_state=jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), first, state_sharding
         ),
-        train_step=jax.jit(
+        train_step=conv.jit(
             train_step,
+            platform,
             in_shardings=(state_sharding, batch_sharding),
             out_shardings=(state_sharding, replicated),
             donate_argnums=0,
-            compiler_options=conv.compiler_options(platform),
         ),
         network=network,
         predict_step=predict_step,

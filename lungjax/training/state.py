@@ -9,12 +9,14 @@ import optax
 from flax import linen as nn
 from flax import struct
 
+from lungjax import models
 from lungjax.models import trees
 
 
 class TrainState(struct.PyTreeNode):
-    """The arrays of a run. Random keys are not among them, since they are derived from the seed and `step`."""
+    """The arrays of a run. Random keys are not among them, since they are derived from `seed` and `step`."""
 
+    seed: jax.Array  # uint32 scalar; not a constant, so that runs with other seeds use the same compiled programs
     step: jax.Array  # int32 scalar, completed steps, including skipped ones
     bad_steps: jax.Array  # int32 scalar, steps without an update; see `non_finite`
     params: Any
@@ -34,32 +36,26 @@ def create(
     module: nn.Module,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
-    seed: int,
-    frozen: frozenset[str] = frozenset(),
-    ema: bool = False,
-    start: Mapping[str, jax.Array] | None = None,
+    frozen: frozenset[str],
+    ema: bool,
+    seed: jax.Array,
+    start: Mapping[str, jax.Array],
 ) -> TrainState:
-    """Initializes a state with the variables of `init`, and averages if `ema`.
+    """Initializes a state for images of [height, width, channels], with random variables except for those of `start`.
 
-    `frozen` are paths of parameters without optimizer state or average.
+    `frozen` are paths of parameters without optimizer state or average; there are averages if `ema`.
     """
-    variables = init(module, image_shape, seed, start)
-    trained = trees.split(variables["params"], frozen)[0]
-    average = {"params": trained, "batch_stats": variables["batch_stats"]} if ema else {}
+    random = models.random_variables(module, image_shape, jax.random.key(seed))
+    leaves = (trees.flatten(random.get(name, {})) for name in ("params", "batch_stats"))
+    params, batch_stats = (trees.unflatten({p: start.get(p, x) for p, x in own.items()}) for own in leaves)
+    trained = trees.split(params, frozen)[0]
+    average = {"params": trained, "batch_stats": batch_stats} if ema else {}
     return TrainState(
+        seed=seed,
         step=jnp.zeros((), jnp.int32),
         bad_steps=jnp.zeros((), jnp.int32),
-        params=variables["params"],
-        batch_stats=variables["batch_stats"],
+        params=params,
+        batch_stats=batch_stats,
         opt_state=optimizer.init(trained),
         ema=average,
     )
-
-
-def init(
-    module: nn.Module, image_shape: tuple[int, ...], seed: int, start: Mapping[str, jax.Array] | None = None
-) -> dict[str, Any]:
-    """Returns the variables for images of [height, width, channels], random except for the leaves of `start`."""
-    random, start = module.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False), start or {}
-    leaves = {name: trees.flatten(random.get(name, {})) for name in ("params", "batch_stats")}
-    return {name: trees.unflatten({p: start.get(p, x) for p, x in own.items()}) for name, own in leaves.items()}

@@ -44,7 +44,7 @@ def train_step(
     If `train.accumulate` is above one, the batch is split into micro-batches whose gradients are averaged. The result
     equals that of the full batch if BatchNorm is frozen or absent and dropout is off.
     """
-    augment_key, dropout_key = jax.random.split(jax.random.key(config.train.seed))
+    augment_key, dropout_key = jax.random.split(jax.random.key(state.seed))
     dropout_key = jax.random.fold_in(dropout_key, state.step)
     if axis_name is not None:
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index(axis_name))

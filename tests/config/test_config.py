@@ -63,7 +63,7 @@ def test_name_of_the_invalid_field():
         "model.padding=full", "model.epsilon=0", "optim.frozen_batch_norm=keras", "optim.lr=0", "input.box_margin=0.1",
         "augment.box_jitter=0.05", "augment.mixup=-1", "augment.zoom=0.5,0.1", "eval.sensitivity=2", "data.fold=1",
         "eval.prevalence=0.1", "eval.prevalence=a:2", "eval.prevalence=a:x", "eval.prevalence=a:.1,a:.2",
-        "data.folds=2", "train.fraction=0",
+        "data.folds=2", "train.fraction=0", "train.seed=4294967296",
     ):  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(assignment.split("=")[0])):
             configs.check(overrides.override(Config(), assignment))

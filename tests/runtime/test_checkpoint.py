@@ -22,7 +22,7 @@ from lungjax.training import state
 def make(step: int, value: float | None = None, shape: tuple[int, int] = (3, 4), name: str = "dense"):
     kernel = jnp.full(shape, float(step) if value is None else value)
     opt_state = ({name: {"kernel": kernel * 2}}, {})
-    return state.TrainState(jnp.int32(step), jnp.int32(0), {name: {"kernel": kernel}}, {}, opt_state, {})
+    return state.TrainState(jnp.uint32(0), jnp.int32(step), jnp.int32(0), {name: {"kernel": kernel}}, {}, opt_state, {})
 
 
 def abstract(**changes):
