@@ -81,7 +81,7 @@ def build(config: ModelConfig, classes: int, remat: bool = False, platform: str 
     return network.clone(**fields)
 
 
-@partial(jax.jit, static_argnums=(0, 1))  # tracing a deep network takes seconds; this does it once
+@partial(jax.jit, static_argnums=(0, 1))  # traced once, since that takes seconds for a deep network
 def random_variables(module: nn.Module, image_shape: tuple[int, ...], key: jax.Array) -> dict[str, Any]:
     """Returns newly initialized parameters and statistics, for images of [height, width, channels]."""
     with plain_forms():  # the logits are not used

@@ -59,7 +59,7 @@ def build(config: Config, classes: tuple[str, ...], labels: np.ndarray, mesh: ja
     weights = optim.class_weights(config.optim.class_weights, labels, classes)
     new_state = partial(state.create, module, optimizer, image_shape, frozen, config.optim.ema > 0)
     seed = np.uint32(config.train.seed)
-    quick = {"xla_backend_optimization_level": 0} if platform == "cpu" else None  # it runs once
+    quick = {"xla_backend_optimization_level": 0} if platform == "cpu" else None  # new_state runs once
     first = jax.eval_shape(new_state, seed, {})
     network = FoldedModel(module, first.variables, image_shape)
 

@@ -30,6 +30,7 @@ NETWORKS = {  # form and a network that uses it
     "strided or valid dx": "cbr_larget",
     "average pool": "densenet121",
     "GELU": "convnext_tiny",
+    "none": "mobilenetv2",  # the noise of the comparison
 }
 
 
@@ -69,6 +70,7 @@ def replacements() -> dict[str, dict[tuple[Any, str], Any]]:
         "reductions by YNNPACK": {
             (conv, "compiler_options"): with_option(fusions, "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT")
         },
+        "none": {},
         "vectors of 512 bits": {(conv, "compiler_options"): with_option("xla_cpu_prefer_vector_width", 256)},
     }
 

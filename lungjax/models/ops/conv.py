@@ -26,7 +26,6 @@ MAX_SLICED_TERMS = 27  # of a dense kernel (3 x 3 of RGB images); with more, XLA
 MAX_BLOCK = 8  # images and rows per block of a kernel's gradient; longer sums of rows exceed the address registers
 
 PLAIN = "plain"
-
 # The platform whose forms are traced, None for that of this process, or PLAIN. It is part of the key of jit's caches,
 # so a program traced in one form is never reused for another.
 _FORMS: Any = jax.make_user_context(None)
@@ -50,6 +49,8 @@ def jit(function: Callable[..., Any], platform: str | None = None, train: bool =
 
 def cpu_or_default(*args: Any, cpu: Callable[..., Any], default: Callable[..., Any], **options: Any) -> Any:
     """Returns cpu(*args, **options) in a program for a CPU, else (and inside `plain_forms`) that of `default`."""
+    if _FORMS.value == PLAIN:
+        return default(*args, **options)  # without calls, which exporters would have to follow
     form = cpu if (_FORMS.value or jax.default_backend()) == "cpu" else default
     return _apply(*args, form=form, options=tuple(options.items()))
 
